@@ -1,0 +1,241 @@
+"""The configuration of a run: its defaults, and the checks made before any compute is spent.
+
+A configuration is an `ml_collections.ConfigDict`. `default()` is the built-in job; the files in
+experiments/configs/ change it. `method` holds the method's name and any of the keyword arguments of
+its factory; every other key must be one of `default()`, with a value of the same type.
+"""
+
+import inspect
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import optax
+from ml_collections import ConfigDict
+
+from jaxrl_sd import contexts, countdown
+from jaxrl_sd.methods import METHODS, Method
+from jaxrl_sd.tokens import Template
+from jaxrl_sd.types import InputError
+
+TINY_MODEL = str(Path(__file__).parent / "assets" / "tiny")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def default() -> ConfigDict:
+    """The main job: RLSD on countdown with the tiny model that ships with the package."""
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 80  # updates
+    config.output_dir = "runs/tiny"
+    config.method = ConfigDict({"name": "rlsd"})
+    config.model = ConfigDict({"path": TINY_MODEL})  # a folder in Hugging Face format
+
+    config.data = ConfigDict()
+    config.data.train = "countdown"  # or a JSON-lines file
+    config.data.test = "countdown"
+    config.data.num_train = 4096  # problems; 0 is all of a file
+    config.data.num_test = 256
+    config.templates = ConfigDict(countdown.TEMPLATES)  # what hints look like in words
+
+    config.rollout = ConfigDict()
+    config.rollout.prompts = 32  # P, prompts a step
+    config.rollout.group_size = 8  # G, samples a prompt
+    config.rollout.max_prompt = 16  # S, tokens of the student's prompt
+    config.rollout.max_hint_prompt = 64  # S', tokens of a teacher's prompt
+    config.rollout.max_response = 32  # T, tokens
+    config.rollout.temperature = 1.0
+    config.rollout.top_k = 0  # 0: the whole vocabulary
+    config.rollout.top_p = 1.0
+
+    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer.learning_rate = 7e-4
+    config.optimizer.warmup_steps = 5
+    config.optimizer.schedule = "constant"  # after the warm-up: constant, linear or cosine
+    config.optimizer.final_scale = 0.1  # of the learning rate, where linear and cosine end
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.99
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0  # of the whole gradient
+
+    config.compute = ConfigDict()
+    config.compute.micro_batches = 1  # parts of a batch whose gradients are added up
+    config.compute.chunk = 4096  # tokens whose logits exist at a time
+
+    config.evaluation = ConfigDict()
+    config.evaluation.every = 20  # updates; the start and the end are always evaluated
+    config.evaluation.samples = 4  # k of avg@k and pass@k, at the rollout's sampling settings
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 20  # updates
+    config.checkpoint.keep = 2
+
+    config.verifier = ConfigDict()
+    config.verifier.workers = 2  # processes
+    config.verifier.timeout_s = 10.0  # for one answer
+    return config
+
+
+def check(config: ConfigDict) -> Method:
+    """The method of a configuration, once every field was found right.
+
+    Raises:
+      InputError: an unknown key, a value of the wrong type or out of range, a method's name or
+        hyper-parameter that does not exist, a group too small for the method, or an output folder
+        that cannot be written.
+    """
+    _check_keys(config, default(), prefix="")
+    _check_templates(config)
+    _check_ranges(config)
+    method = _method(config)
+    group_size = config.rollout.group_size
+    if group_size < method.min_group_size:
+        raise InputError(
+            f"rollout.group_size: {config.method.name} compares the answers of a group and needs "
+            f"at least {method.min_group_size}, got {group_size}"
+        )
+    _check_writable(Path(config.output_dir))
+    return method
+
+
+FREE_FORM = ("method", "templates")  # keys are not those of `default()`
+
+
+def _check_keys(config: Mapping, expected: Mapping, prefix: str) -> None:
+    for key in expected:
+        if key not in config:
+            raise InputError(f"{prefix}{key}: missing from the configuration")
+    for key, value in config.items():
+        if key not in expected:
+            raise InputError(f"{prefix}{key}: unknown, expected one of {sorted(expected)}")
+        if key in FREE_FORM:
+            continue
+        if isinstance(expected[key], Mapping):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{prefix}{key}: expected a group of settings, got {value!r}")
+            _check_keys(value, expected[key], f"{prefix}{key}.")
+        else:
+            _check_type(f"{prefix}{key}", value, type(expected[key]))
+
+
+def _check_type(field: str, value: Any, annotation: Any) -> None:
+    if not _is_a(value, annotation):
+        name = getattr(annotation, "__name__", str(annotation))
+        raise InputError(f"{field}: expected {name}, got {value!r}")
+
+
+def _is_a(value: Any, annotation: Any) -> bool:
+    if isinstance(annotation, UnionType):
+        return any(_is_a(value, option) for option in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        items = get_args(annotation)
+        fits = isinstance(value, tuple | list) and len(value) == len(items)
+        return fits and all(map(_is_a, value, items))
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _check_templates(config: ConfigDict) -> None:
+    for name, fields in config.templates.items():
+        if name not in contexts.TEMPLATES:
+            known = sorted(contexts.TEMPLATES)
+            raise InputError(f"templates.{name}: unknown, expected one of {known}")
+        for field, text in fields.items():
+            if field not in Template._fields:
+                raise InputError(
+                    f"templates.{name}.{field}: unknown, expected one of {Template._fields}"
+                )
+            _check_type(f"templates.{name}.{field}", text, str)
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    at_least_1 = (
+        *("steps", "rollout.prompts", "rollout.group_size", "rollout.max_prompt"),
+        *("rollout.max_hint_prompt", "rollout.max_response", "compute.micro_batches"),
+        *("compute.chunk", "evaluation.every", "evaluation.samples", "checkpoint.every"),
+        *("checkpoint.keep", "verifier.workers"),
+    )
+    for field in at_least_1:
+        _expect(config, field, lambda x: x >= 1, "at least 1")
+    for field in ("seed", "data.num_train", "data.num_test", "rollout.top_k"):
+        _expect(config, field, lambda x: x >= 0, "at least 0")
+    for field in ("optimizer.learning_rate", "optimizer.clip_norm", "verifier.timeout_s"):
+        _expect(config, field, lambda x: x > 0, "more than 0")
+    _expect(config, "rollout.temperature", lambda x: x > 0, "more than 0: RL needs sampling")
+    _expect(config, "rollout.top_p", lambda x: 0 < x <= 1, "in (0, 1]")
+    _expect(config, "optimizer.schedule", lambda x: x in SCHEDULES, f"one of {SCHEDULES}")
+    rows = config.rollout.prompts * config.rollout.group_size
+    _expect(config, "compute.micro_batches", lambda x: rows % x == 0, f"a divisor of {rows} rows")
+
+
+def _expect(config: ConfigDict, field: str, holds, expected: str) -> None:
+    value = config
+    for key in field.split("."):
+        value = value[key]
+    if not holds(value):
+        raise InputError(f"{field}: expected {expected}, got {value!r}")
+
+
+def _method(config: ConfigDict) -> Method:
+    hyper = config.method.to_dict()
+    name = hyper.pop("name", None)
+    if name not in METHODS:
+        raise InputError(f"method.name: expected one of {sorted(METHODS)}, got {name!r}")
+    factory = METHODS[name]
+    allowed = [p for p in inspect.signature(factory).parameters]
+    types = get_type_hints(factory)
+    for key, value in hyper.items():
+        if key not in allowed:
+            raise InputError(f"method.{key}: {name} has {sorted(allowed)}, got {key!r}")
+        _check_type(f"method.{key}", value, types[key])
+    try:
+        return factory(**hyper)
+    except ValueError as error:
+        raise InputError(f"method.{error}") from error
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise InputError(
+            f"output_dir: expected a folder that can be written, got {folder}: {reason}"
+        ) from error
+
+
+def templates(config: ConfigDict) -> dict[str, Template]:
+    """The default templates with those of the configuration in their place."""
+    own = {name: Template(**fields) for name, fields in config.templates.items()}
+    return {**contexts.TEMPLATES, **own}
+
+
+def optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW on the clipped gradient, with warm-up and schedule."""
+    c = config.optimizer
+    decay_steps = max(config.steps - c.warmup_steps, 1)
+    after = {
+        "constant": optax.constant_schedule(c.learning_rate),
+        "linear": optax.linear_schedule(
+            c.learning_rate, c.final_scale * c.learning_rate, decay_steps
+        ),
+        "cosine": optax.cosine_decay_schedule(c.learning_rate, decay_steps, c.final_scale),
+    }[c.schedule]
+    # The first update has count 0: (count + 1) / warmup_steps keeps it from being wasted.
+    warmup = optax.linear_schedule(
+        c.learning_rate / max(c.warmup_steps, 1), c.learning_rate, max(c.warmup_steps - 1, 1)
+    )
+    rate = optax.join_schedules([warmup, after], [c.warmup_steps])
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip_norm),
+        optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay),
+    )

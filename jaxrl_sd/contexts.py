@@ -1,0 +1,200 @@
+"""What a teacher is shown. Whose weights it uses is the other, independent choice (teachers.py).
+
+A context looks at one problem and at its group of samples and gives, for each sample, one hint or
+None (this teacher is silent for that row). A hint names a template and fills its slots; templates
+are plain data that the user may replace, so a method says *what* is shown and never how it is
+worded. `write` turns hints into token prompts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrl_sd import tokens
+from jaxrl_sd.tokens import Template
+from jaxrl_sd.types import Hints, Problem, Sample
+
+
+class Hint(NamedTuple):
+    """What one teacher is shown about one sample."""
+
+    template: str  # a key of the templates
+    slots: Mapping[str, str] = {}  # privileged text by slot name; `problem` is filled by `write`
+    source: int = -1  # the sample of the group whose response is shown, -1 for none
+
+
+class Context(NamedTuple):
+    """What a teacher is shown, and which fields of a problem it cannot do without."""
+
+    write: Callable[[Problem, Sequence[Sample], np.random.Generator], list[Hint | None]]
+    needs: tuple[str, ...] = ()
+
+
+# Wordings follow the structure that the papers describe, in our words. {problem} is the student's
+# own user turn, so student and teacher prompts differ by the inserted text alone.
+TEMPLATES = {
+    "nothing": Template(),
+    # CAST Sec. 8.4: a line after the student's rendered prompt, and no privileged text at all.
+    "marker": Template(tail="\n\n[Student response]\n"),
+    # RLSD: the bare answer is announced as a reference solution.
+    "answer": Template(
+        "{problem}\n\nHere is a reference solution to this problem:\n{answer}\n\n"
+        "After understanding the reference solution, solve the problem with your own approach."
+    ),
+    # OPSD Fig. 2.
+    "solution": Template(
+        "{problem}\n\nHere is a reference solution to this problem:\n"
+        "=== Reference solution begins ===\n{solution}\n=== Reference solution ends ===\n\n"
+        "After understanding the reference solution, solve the problem with your own approach. "
+        "Do not copy or paraphrase it."
+    ),
+    # SDPG Fig. 4.
+    "answer_solution": Template(
+        "{problem}\n\n---\n\nHint: the correct answer is {answer}. One common solution is:\n"
+        "{solution}\n\nInstruction: if possible, derive {answer} by a different and equally "
+        "rigorous route; otherwise present the standard route very clearly. Do not mention that "
+        "an answer or a reference was given."
+    ),
+    # HSD Sec. 4: the answer stays explicit next to the peer's path.
+    "answer_peer": Template(
+        "{problem}\n\nThe final answer is {answer}. A successful attempt:\n"
+        "=== Attempt begins ===\n{peer}\n=== Attempt ends ===\n\n"
+        "Solve the problem yourself, step by step."
+    ),
+    # SC-GRPO App. E: guide and reference both stand in the system prompt.
+    "peer": Template(
+        system="A reference solution that was verified to be correct follows. Use it as a "
+        "high-level guide to the approach, not as a text to copy: understand it, adopt its "
+        "strategy if it is sound and improve on it where you can, and write your own complete "
+        "solution.\n\n### Reference Correct Solution\n{peer}\n\n"
+        "Take the reference as inspiration only."
+    ),
+    "attempt": Template(
+        system="An earlier attempt at the same problem follows. It was not verified to be "
+        "correct.\n\n### Reference Attempt\n{peer}\n\nTake it as inspiration only and write "
+        "your own complete solution."
+    ),
+}
+
+
+def _every_sample(hint: Callable[[Problem], Hint], needs: tuple[str, ...] = ()) -> Context:
+    return Context(lambda problem, samples, rng: [hint(problem) for _ in samples], needs)
+
+
+def nothing() -> Context:
+    """The student's own prompt. With frozen weights this is the reference policy."""
+    return _every_sample(lambda problem: Hint("nothing"))
+
+
+def marker() -> Context:
+    """A marker line and no privileged text (CAST)."""
+    return _every_sample(lambda problem: Hint("marker"))
+
+
+def answer() -> Context:
+    """The final answer only (RLSD)."""
+    return _every_sample(lambda problem: Hint("answer", {"answer": problem.answer}), ("answer",))
+
+
+def solution() -> Context:
+    """A reference solution (OPSD)."""
+    return _every_sample(
+        lambda problem: Hint("solution", {"solution": problem.solution}), ("solution",)
+    )
+
+
+def answer_and_solution() -> Context:
+    """The final answer and a worked solution (SDPG)."""
+    return _every_sample(
+        lambda problem: Hint(
+            "answer_solution", {"answer": problem.answer, "solution": problem.solution}
+        ),
+        ("answer", "solution"),
+    )
+
+
+def draw_peer(
+    samples: Sequence[Sample], i: int, rng: np.random.Generator, correct: bool
+) -> int | None:
+    """A sample other than i with the given verdict, drawn uniformly; None if there is none."""
+    peers = [j for j, s in enumerate(samples) if j != i and s.correct is correct]
+    return peers[rng.integers(len(peers))] if peers else None
+
+
+def verified_sibling() -> Context:
+    """A correct response of the same group, never the row's own; silence if there is none."""
+
+    def write(problem, samples, rng):
+        peers = [draw_peer(samples, i, rng, correct=True) for i in range(len(samples))]
+        return [None if j is None else Hint("peer", {"peer": samples[j].text}, j) for j in peers]
+
+    return Context(write)
+
+
+def answer_and_peer() -> Context:
+    """The answer with a correct response of the group, never the row's own; else the answer.
+
+    HSD Eq. 9.
+    """
+
+    def write(problem, samples, rng):
+        def hint(i):
+            j = draw_peer(samples, i, rng, correct=True)
+            if j is None:
+                return Hint("answer", {"answer": problem.answer})
+            return Hint("answer_peer", {"answer": problem.answer, "peer": samples[j].text}, j)
+
+        return [hint(i) for i in range(len(samples))]
+
+    return Context(write, ("answer",))
+
+
+def write(
+    contexts: Mapping[str, Context],
+    problems: Sequence[Problem],
+    groups: Sequence[Sequence[Sample]],
+    rng: np.random.Generator,
+    tokenizer,
+    templates: Mapping[str, Template],
+    width: int,
+) -> tuple[dict[str, Hints], dict[str, float]]:
+    """Prompts of every teacher for every row.
+
+    Args:
+      contexts: by teacher name.
+      problems: P problems.
+      groups: their P groups of G samples.
+      templates: by the names that hints use.
+      width: S', the length in tokens to which every teacher prompt is padded. A prompt that is
+        longer loses the end of its longest privileged slot, nothing else, and is counted.
+
+    Returns:
+      {teacher name: Hints} with host arrays, and metrics.
+
+    Raises:
+      InputError: a prompt does not fit even without its privileged text.
+    """
+    hints, metrics = {}, {}
+    for name, context in contexts.items():
+        prompts, shown, source, num_cut = [], [], [], 0
+        for p, (problem, samples) in enumerate(zip(problems, groups, strict=True)):
+            for hint in context.write(problem, samples, rng):
+                shown.append(hint is not None)
+                hint = hint or Hint("nothing")
+                source.append(p * len(samples) + hint.source if hint.source >= 0 else -1)
+                prompt, cut = tokens.render_within(
+                    tokenizer, templates[hint.template], problem.prompt, hint.slots, width
+                )
+                prompts.append(prompt)
+                num_cut += cut
+        padded, lengths = tokens.left_pad(prompts, width, tokenizer.pad_token_id)
+        hints[name] = Hints(
+            prompt=padded,
+            prompt_length=lengths,
+            shown=np.asarray(shown, np.float32),
+            source=np.asarray(source, np.int32),
+        )
+        metrics[f"context/{name}/shown"] = float(np.mean(shown))
+        metrics[f"context/{name}/cut"] = num_cut
+    return hints, metrics

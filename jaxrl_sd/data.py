@@ -1,0 +1,82 @@
+"""Problems, and the order in which training sees them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+
+from jaxrl_sd import countdown
+from jaxrl_sd.types import InputError, Problem
+
+# Column names in use, in order of preference.
+PROMPT_COLUMNS = ("prompt", "problem", "question")
+ANSWER_COLUMNS = ("answer", "ground_truth")
+SOLUTION_COLUMNS = ("solution",)
+
+
+def load(source: str, split: str, count: int, seed: int) -> list[Problem]:
+    """The problems of a split.
+
+    Args:
+      source: "countdown" for the built-in task, or the path of a JSON-lines file.
+      split: "train" or "test"; the built-in task's splits share no class of problems.
+      count: how many to generate (built-in task), or to read at most (file; 0 reads all).
+      seed: of the generator; files ignore it.
+
+    Raises:
+      InputError: see `read_jsonl`.
+    """
+    if source == "countdown":
+        return countdown.problems(split, count, seed)
+    problems = read_jsonl(Path(source))
+    return problems[:count] if count else problems
+
+
+def read_jsonl(path: Path) -> list[Problem]:
+    """One problem a line: an object with a prompt, an answer and perhaps a solution.
+
+    Raises:
+      InputError: missing or empty file, a line that is no object, or one without prompt or answer.
+    """
+    if not path.is_file():
+        raise InputError(f"data: expected 'countdown' or a JSON-lines file, got {path}")
+    problems = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                problems.append(_problem(line, f"{path}:{number}"))
+    if not problems:
+        raise InputError(f"data: expected at least one problem, got an empty file: {path}")
+    return problems
+
+
+def _problem(line: str, where: str) -> Problem:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"data: {where}: expected a JSON object, got {line[:60]!r}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"data: {where}: expected a JSON object, got {line[:60]!r}")
+
+    def first(columns: Sequence[str]) -> str | None:
+        values = (row[c] for c in columns if row.get(c) not in (None, ""))
+        value = next(values, None)
+        return None if value is None else str(value)
+
+    prompt, answer = first(PROMPT_COLUMNS), first(ANSWER_COLUMNS)
+    for value, columns in ((prompt, PROMPT_COLUMNS), (answer, ANSWER_COLUMNS)):
+        if value is None:
+            raise InputError(f"data: {where}: expected one of the fields {columns}, got {[*row]}")
+    if "####" in answer:  # GSM8K: the worked solution, then #### and the number
+        solution, answer = (part.strip() for part in answer.rsplit("####", 1))
+        return Problem(where, prompt, answer.replace(",", ""), solution)
+    return Problem(where, prompt, answer, first(SOLUTION_COLUMNS), row.get("verifier", "math"))
+
+
+def shuffled(problems: Sequence[Problem], seed: int) -> grain.MapDataset:
+    """An endless sequence that shuffles anew in each pass; `[i]` is the i-th problem training sees.
+
+    Random access makes the position one integer, which is all that a checkpoint has to hold.
+    """
+    return grain.MapDataset.source(problems).shuffle(seed=seed).repeat()

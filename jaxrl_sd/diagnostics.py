@@ -1,0 +1,57 @@
+"""Numbers that say whether a run is healthy. They change nothing."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_sd import groups, losses, stats
+from jaxrl_sd.methods.base import Method
+from jaxrl_sd.model import ModelConfig
+from jaxrl_sd.scoring import token_stats
+from jaxrl_sd.types import Array, Batch
+from jaxrl_sd.update import State, teacher_params
+
+
+@jax.jit
+def describe(batch: Batch) -> dict[str, Array]:
+    """Scalars of a credited batch: groups, rewards, lengths, entropy, advantages, sampler error.
+
+    `rollout/sampler_logp_error_*` compares the sampler's and the trainer's log-probability of the
+    same tokens under the same weights: what is left is rounding, or a bug.
+    """
+    r = batch.rollouts
+    correct = groups.num_correct(r.correct, r.graded, r.group_size)
+    graded = groups.num_graded(r.graded, r.group_size)
+    mean = partial(losses.weighted_sum, weight_t=losses.token_mean(r.mask_t))
+    error_t = jnp.abs(batch.scores["old_logp"] - r.sampler_logp_t) * (r.mask_t != 0)
+    adv_t, distill_t = batch.credit.adv_t, batch.credit.distill_t
+    return {
+        "rollout/accuracy": (r.correct * r.graded).sum() / jnp.maximum(r.graded.sum(), 1),
+        "rollout/reward": (r.reward * r.graded).sum() / jnp.maximum(r.graded.sum(), 1),
+        "rollout/all_correct": (correct == graded).mean(where=graded > 0),
+        "rollout/all_wrong": (correct == 0).mean(where=graded > 0),
+        "rollout/mixed": ((correct > 0) & (correct < graded)).mean(where=graded > 0),
+        "rollout/entropy": mean(batch.scores["entropy"]),
+        "rollout/sampler_logp_error_mean": mean(error_t),
+        "rollout/sampler_logp_error_max": error_t.max(),
+        "credit/adv_abs": mean(jnp.abs(adv_t)),
+        "credit/adv_positive": mean(adv_t > 0),
+        "credit/distill": mean(distill_t),
+        **{f"score/{name}": mean(x) for name, x in batch.scores.items()},
+    }
+
+
+def make_gaps(method: Method, config: ModelConfig, temperature: float, chunk: int):
+    """A jitted (state, batch) -> {teacher: f32[B, T]}: log p_T - log p_S of the sampled tokens.
+
+    For pictures of a few rows, whatever the method itself computes.
+    """
+    requests = {name: (name, stats.log_prob_gap) for name in method.teachers}
+
+    @jax.jit
+    def gaps(state: State, batch: Batch) -> dict[str, Array]:
+        teachers = teacher_params(method.teachers, state)
+        return token_stats(requests, state.params, teachers, batch, config, temperature, chunk)
+
+    return gaps

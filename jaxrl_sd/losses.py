@@ -1,0 +1,154 @@
+"""Policy-gradient surrogates, KL penalties on sampled tokens, and the weights that average them.
+
+Losses return one value per token, to be minimised, and never average: `weight_t`, computed once
+from the whole batch's mask, does, so micro-batches and shards simply add up. Advantages and old
+log-probabilities are constants; gradients flow through `logp_t` only.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_sd.types import Array
+
+LOG_RATIO_BOUND = 20.0  # exp(20) is finite in float32 and far beyond every clip
+
+
+def _log_ratio(logp_t: Array, old_logp_t: Array) -> Array:
+    old_logp_t = jax.lax.stop_gradient(old_logp_t)
+    return jnp.clip(logp_t - old_logp_t, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
+def ppo(
+    logp_t: Array,
+    old_logp_t: Array,
+    adv_t: Array,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+) -> Array:
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = exp(logp - old_logp).
+
+    GRPO (2402.03300) Eq. 3, with separate bounds as in DAPO (2503.14476) Eq. 10. With `dual_clip`
+    c, tokens with A < 0 lose at most -c A (2005.12729). All arguments f32[..., T].
+    """
+    rho = jnp.exp(_log_ratio(logp_t, old_logp_t))
+    return _clipped(rho, jax.lax.stop_gradient(adv_t), clip_low, clip_high, dual_clip)
+
+
+def _clipped(rho, adv_t, clip_low, clip_high, dual_clip=None):
+    loss_t = -jnp.minimum(rho * adv_t, jnp.clip(rho, 1 - clip_low, 1 + clip_high) * adv_t)
+    if dual_clip is None:
+        return loss_t
+    return jnp.where(adv_t < 0, jnp.minimum(loss_t, -dual_clip * adv_t), loss_t)
+
+
+def sequence_ratio(logp_t: Array, old_logp_t: Array, mask_t: Array) -> Array:
+    """Geometric mean of the token ratios, f32[B, 1] from f32[B, T]. GSPO (2507.18071) Eq. 7."""
+    mean = (_log_ratio(logp_t, old_logp_t) * mask_t).sum(axis=-1, keepdims=True)
+    return jnp.exp(mean / jnp.maximum(mask_t.sum(axis=-1, keepdims=True), 1))
+
+
+def gspo(
+    logp_t: Array,
+    old_logp_t: Array,
+    adv_t: Array,
+    mask_t: Array,
+    clip_low: float,
+    clip_high: float,
+) -> Array:
+    """PPO's surrogate with the sequence ratio of each row in place of the token ratios.
+
+    GSPO (2507.18071) Eq. 5. All arguments f32[B, T]; average with `sequence_mean`.
+    """
+    rho = sequence_ratio(logp_t, old_logp_t, mask_t)
+    return _clipped(rho, jax.lax.stop_gradient(adv_t), clip_low, clip_high)
+
+
+def cispo(logp_t: Array, old_logp_t: Array, adv_t: Array, max_ratio: float) -> Array:
+    """-sg[min(rho, max_ratio)] A log pi: clipping never removes a token's gradient.
+
+    CISPO (2506.13585) Eq. 4. The paper does not disclose the bound.
+    """
+    rho = jax.lax.stop_gradient(jnp.exp(_log_ratio(logp_t, old_logp_t)))
+    return -jnp.minimum(rho, max_ratio) * jax.lax.stop_gradient(adv_t) * logp_t
+
+
+def reinforce(logp_t: Array, adv_t: Array) -> Array:
+    """-A log pi. SDPG Eq. 2.2."""
+    return -jax.lax.stop_gradient(adv_t) * logp_t
+
+
+# Penalties on the sampled token. log w = logp_t - ref_logp_t. What each one's *gradient* estimates
+# matters, not its value (SDPG App. A.2).
+
+
+def k1(logp_t: Array, ref_logp_t: Array) -> Array:
+    """log w. Estimates kl(policy||reference); as a loss its expected gradient is 0."""
+    return logp_t - jax.lax.stop_gradient(ref_logp_t)
+
+
+def k2(logp_t: Array, ref_logp_t: Array) -> Array:
+    """(log w)^2 / 2; the gradient of kl(policy||reference). SDPG's URKL."""
+    return 0.5 * k1(logp_t, ref_logp_t) ** 2
+
+
+def k3(logp_t: Array, ref_logp_t: Array) -> Array:
+    """1/w + log w - 1; the gradient of kl(reference||policy). GRPO Eq. 4; SDPG's UFKL minus 1."""
+    log_w = _log_ratio(logp_t, ref_logp_t)
+    return jnp.exp(-log_w) + log_w - 1
+
+
+def fkl(logp_t: Array, ref_logp_t: Array) -> Array:
+    """1/w; the gradient of kl(reference||policy), not centred. SDPG Sec. 2.3."""
+    return jnp.exp(-_log_ratio(logp_t, ref_logp_t))
+
+
+def rkl(logp_t: Array, ref_logp_t: Array) -> Array:
+    """(log w + 1)^2 / 2; the gradient of kl(policy||reference), not centred. SDPG Sec. 2.3."""
+    return 0.5 * (k1(logp_t, ref_logp_t) + 1) ** 2
+
+
+def distillation_advantage(
+    teacher_logp_t: Array, logp_t: Array, ref_logp_t: Array, scale: float = 1.0
+) -> Array:
+    """(log p_T - log pi) + (scale - 1) (log p_T - log p_ref) on the sampled token, detached.
+
+    On-policy distillation as a policy gradient (scale 1); ExOPD (2602.12125) Eq. 14 otherwise.
+    """
+    adv_t = (teacher_logp_t - logp_t) + (scale - 1) * (teacher_logp_t - ref_logp_t)
+    return jax.lax.stop_gradient(adv_t)
+
+
+def overlong_penalty(length: Array, max_length: int, buffer: int) -> Array:
+    """0 up to max_length - buffer tokens, then linear to -1 at max_length. DAPO Eq. 13."""
+    return jnp.clip((max_length - buffer - length) / buffer, -1.0, 0.0)
+
+
+# Weights f32[B, T] from the whole batch's mask f32[B, T]; loss = sum(loss_t * weight_t). Rows
+# without any token are left out of row counts.
+
+
+def sequence_mean(mask_t: Array) -> Array:
+    """Mean over rows of the mean over a row's tokens. GRPO, GSPO, OPSD, SC-GRPO, HSD."""
+    length = mask_t.sum(axis=1, keepdims=True)
+    return mask_t / jnp.maximum(length, 1) / jnp.maximum((length > 0).sum(), 1)
+
+
+def token_mean(mask_t: Array) -> Array:
+    """Mean over all tokens of the batch. DAPO, RLSD, SDPG, CAST."""
+    return mask_t / jnp.maximum(mask_t.sum(), 1)
+
+
+def sequence_sum(mask_t: Array) -> Array:
+    """Mean over rows of the sum over a row's tokens. RLOO."""
+    return mask_t / jnp.maximum((mask_t.sum(axis=1) > 0).sum(), 1)
+
+
+def constant_length(max_length: int):
+    """Sum over tokens divided by rows x `max_length`. Dr.GRPO's code."""
+    return lambda mask_t: sequence_sum(mask_t) / max_length
+
+
+def weighted_sum(x_t: Array, weight_t: Array) -> Array:
+    """sum(x_t * weight_t), where a weight of 0 silences even NaN."""
+    return jnp.sum(jnp.where(weight_t != 0, x_t, 0.0) * weight_t)

@@ -1,0 +1,147 @@
+"""What a method is: one pure function per pipeline stage. The default of every stage is GRPO's."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrl_sd import contexts, groups, losses, stats, teachers
+from jaxrl_sd.contexts import Context
+from jaxrl_sd.stats import TokenStat
+from jaxrl_sd.teachers import Source
+from jaxrl_sd.types import Array, Batch, Credit
+
+Metrics = dict[str, Array]
+CreditFn = Callable[[Batch, Array], tuple[Credit, Metrics]]
+LossFn = Callable[[dict[str, Array], Batch, Array], tuple[Array, Metrics]]
+Request = tuple[str | None, TokenStat]  # a teacher's name (None: no teacher), and a statistic
+
+
+class Teacher(NamedTuple):
+    """Two independent choices: what it is shown (host) and whose weights it uses (device)."""
+
+    context: Context
+    source: Source
+
+
+class Grades(NamedTuple):
+    """What the trainer makes of the verdicts of B rows."""
+
+    reward: np.ndarray  # f32[B]
+    trained: np.ndarray  # bool[B], False: the row's tokens are masked out
+
+
+def verdict_reward(correct: np.ndarray, truncated: np.ndarray) -> Grades:
+    """Reward 1 for a correct row and 0 for a wrong one; every row trains. bool[B] each."""
+    return Grades(correct.astype(np.float32), np.ones_like(truncated))
+
+
+def verdict_reward_untruncated(correct: np.ndarray, truncated: np.ndarray) -> Grades:
+    """As `verdict_reward`, but truncated rows count in their group and do not train (CAST)."""
+    return Grades(correct.astype(np.float32), ~truncated)
+
+
+def group_advantage(batch: Batch, step: Array) -> tuple[Credit, Metrics]:
+    """GRPO: every token of a row gets the row's standardised reward; nothing is distilled."""
+    del step
+    adv_t = advantage(batch)[:, None] * batch.rollouts.mask_t
+    return Credit(adv_t, 0 * adv_t), {}
+
+
+def advantage(batch: Batch) -> Array:
+    """(R - mean) / (std + 1e-6) of each row in its group, f32[B]."""
+    r = batch.rollouts
+    return groups.standardized(r.reward, r.graded, r.group_size)
+
+
+def distill_everything(batch: Batch, step: Array) -> tuple[Credit, Metrics]:
+    """Every token is distilled with weight 1 where the teacher is shown something; no reward."""
+    del step
+    shown = batch.hints["teacher"].shown[:, None]
+    distill_t = batch.rollouts.mask_t * shown
+    return Credit(0 * distill_t, distill_t), {}
+
+
+def policy_gradient(
+    clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+) -> LossFn:
+    """PPO's clipped surrogate of the advantages."""
+
+    def loss(token_stats, batch, step):
+        del step
+        old_logp_t = batch.scores["old_logp"]
+        loss_t = losses.ppo(
+            token_stats["logp"], old_logp_t, batch.credit.adv_t, clip_low, clip_high, dual_clip
+        )
+        return loss_t, {}
+
+    return loss
+
+
+def distillation(token_stats: dict[str, Array], batch: Batch, step: Array):
+    """The divergence to the teacher, weighted by `distill_t`."""
+    del step
+    divergence_t = token_stats["divergence"]
+    return batch.credit.distill_t * divergence_t, {"divergence": divergence_t}
+
+
+class Method(NamedTuple):
+    """A training method.
+
+    Attributes:
+      grade: verdicts -> rewards and rows that train; on the host.
+      teachers: by name.
+      score: statistics used without gradient, read by `credit` and `loss` from `batch.scores`.
+        `old_logp` and `entropy` are always there.
+      credit: (batch, step) -> (Credit, metrics), once a batch, sees whole groups, jitted.
+        `step` counts finished updates, so it is 0 at the first one.
+      probe: statistics that are differentiated with respect to the student, given to `loss`.
+        `logp` is always there.
+      loss: ({name: f32[b, T]}, batch, step) -> (loss_t f32[b, T], metrics f32[b, T] each).
+      weight: mask_t -> weight_t, how tokens are averaged.
+      min_group_size: the smallest number of samples a prompt with which the method makes sense.
+    """
+
+    grade: Callable[[np.ndarray, np.ndarray], Grades] = verdict_reward
+    teachers: Mapping[str, Teacher] = {}
+    score: Mapping[str, Request] = {}
+    credit: CreditFn = group_advantage
+    probe: Mapping[str, Request] = {}
+    loss: LossFn = policy_gradient()
+    weight: Callable[[Array], Array] = losses.sequence_mean
+    min_group_size: int = 2
+
+
+REFERENCE = Teacher(contexts.nothing(), teachers.frozen())
+
+
+def add_reference_penalty(
+    method: Method, coef: float, estimator: Callable[[Array, Array], Array]
+) -> Method:
+    """Adds coef * estimator(logp_t, reference_logp_t) to the loss; estimators are in losses.py."""
+
+    def loss(token_stats, batch, step):
+        loss_t, metrics = method.loss(token_stats, batch, step)
+        penalty_t = estimator(token_stats["logp"], batch.scores["reference_logp"])
+        return loss_t + coef * penalty_t, {**metrics, "reference_penalty": penalty_t}
+
+    return method._replace(
+        teachers={**method.teachers, "reference": REFERENCE},
+        score={**method.score, "reference_logp": ("reference", stats.teacher_log_prob)},
+        loss=loss,
+    )
+
+
+def add_reference_kl(method: Method, coef: float) -> Method:
+    """Adds coef * kl(policy||reference), exact over the vocabulary at every token, to the loss."""
+
+    def loss(token_stats, batch, step):
+        loss_t, metrics = method.loss(token_stats, batch, step)
+        kl_t = token_stats["reference_kl"]
+        return loss_t + coef * kl_t, {**metrics, "reference_kl": kl_t}
+
+    return method._replace(
+        teachers={**method.teachers, "reference": REFERENCE},
+        probe={**method.probe, "reference_kl": ("reference", stats.reverse_kl)},
+        loss=loss,
+    )

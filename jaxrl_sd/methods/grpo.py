@@ -1,0 +1,24 @@
+"""GRPO: group-relative policy optimisation (DeepSeekMath, arXiv 2402.03300), the baseline.
+
+    A_i  = (R_i - mean R) / (std R + 1e-6)                                       Sec. 4.1.2
+    loss = - mean_i mean_t min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta k3    Eq. 3, 4
+
+Deviations from the paper:
+  - It writes eps without a value; 0.2 by convention. It fixes neither the divisor of the variance
+    nor a guard: n - 1 and 1e-6, as in verl and EasyR1.
+"""
+
+from jaxrl_sd import losses
+from jaxrl_sd.methods.base import Method, add_reference_penalty, policy_gradient
+
+
+def grpo(clip_low: float = 0.2, clip_high: float = 0.2, kl_coef: float = 0.04) -> Method:
+    """Every token of an answer gets the same credit.
+
+    Args:
+      clip_low: eps below 1.
+      clip_high: eps above 1; larger than `clip_low` is DAPO's clip-higher.
+      kl_coef: beta of the penalty to the frozen initial policy; at 0 there is no reference.
+    """
+    method = Method(loss=policy_gradient(clip_low, clip_high))
+    return add_reference_penalty(method, kl_coef, losses.k3) if kl_coef else method

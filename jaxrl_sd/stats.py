@@ -1,0 +1,188 @@
+"""Token statistics: what can be said about one token from the student's and the teacher's logits.
+
+Every public function without a keyword argument has the type
+
+    TokenStat = (student_logits [..., V], teacher_logits [..., V], token i32[...]) -> f32[...]
+
+so any of them can be a score (used without gradient) or a probe (differentiated with respect to
+the student). The factories (`generalized_jsd(beta)` ...) return such functions. q is the student,
+p the teacher. Directions are named by formula, since papers use "forward" and "reverse" both ways.
+
+Everything is computed in float32 whatever the inputs' type: the gaps and divergences these methods
+use are as small as bfloat16's rounding. Vocabulary padding must carry large finite negative logits
+(`model.MASKED`), not -inf.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_sd.types import Array
+
+TokenStat = Callable[[Array, Array, Array], Array]
+
+
+def _log_softmax(logits: Array) -> Array:
+    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+
+
+def _pick(logits: Array, token: Array) -> Array:
+    """Log-probability of `token` [...] under `logits` [..., V]."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def log_prob(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+    """log q(token)."""
+    del teacher_logits
+    return _pick(student_logits, token)
+
+
+def teacher_log_prob(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+    """log p(token)."""
+    del student_logits
+    return _pick(teacher_logits, token)
+
+
+def log_prob_gap(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+    """log p(token) - log q(token). RLSD Eq. 13, CAST Eq. 4, HSD Eq. 2."""
+    return _pick(teacher_logits, token) - _pick(student_logits, token)
+
+
+def entropy(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+    """Entropy of the student in nats, - sum_v q log q."""
+    del teacher_logits, token
+    log_q = _log_softmax(student_logits)
+    return -jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
+
+
+def reverse_kl(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+    """kl(student||teacher) = sum_v q (log q - log p). SDPG Eq. 3.2.
+
+    Its gradient with respect to the student's logits is q ((log q - log p) - kl).
+    """
+    del token
+    return _kl(_log_softmax(student_logits), _log_softmax(teacher_logits))
+
+
+def forward_kl(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+    """kl(teacher||student) = sum_v p (log p - log q). HSD Eq. 13, SC-GRPO Sec. 5.1, OPSD Eq. 7.
+
+    Its gradient with respect to the student's logits is q - p.
+    """
+    del token
+    return _kl(_log_softmax(teacher_logits), _log_softmax(student_logits))
+
+
+def _kl(log_a: Array, log_b: Array) -> Array:
+    return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+
+
+def clipped_forward_kl(cap: float) -> TokenStat:
+    """sum_v min(p (log p - log q), cap): each vocabulary entry capped before the sum. OPSD Sec. 3.
+
+    One-sided: negative entries are kept, so the total can be negative, and capped entries have no
+    gradient. `cap=inf` is `forward_kl`.
+    """
+
+    def clipped(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+        del token
+        log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
+        return jnp.sum(jnp.minimum(jnp.exp(log_p) * (log_p - log_q), cap), axis=-1)
+
+    return clipped
+
+
+def generalized_jsd(beta: float) -> TokenStat:
+    """beta kl(p||m) + (1 - beta) kl(q||m), m = beta p + (1 - beta) q. GKD (2306.13649), OPSD Eq. 7.
+
+    As in every published implementation the ends are special cases and not limits: beta = 0 is
+    kl(teacher||student), beta = 1 is kl(student||teacher). The formula itself tends to 0 there.
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+    if beta == 0:
+        return forward_kl
+    if beta == 1:
+        return reverse_kl
+
+    def jsd(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+        del token
+        return _jsd(_log_softmax(student_logits), _log_softmax(teacher_logits), beta)
+
+    return jsd
+
+
+def _jsd(log_q: Array, log_p: Array, beta: float) -> Array:
+    log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def on_top_k(divergence: Callable[[Array, Array], Array], k: int, of: str, rest: str) -> TokenStat:
+    """A divergence on the k likeliest tokens only. SDPO Eq. 11 is of="student", rest="tail".
+
+    Args:
+      divergence: (log_q [..., K], log_p [..., K]) -> [...], for instance `kl_of_log_probs`.
+      k: size of the support.
+      of: whose k likeliest tokens, "student" or "teacher".
+      rest: "tail" adds one class with the remaining mass of each; "renormalize" divides both by
+        their mass on the support; "truncate" leaves the rest out (a KL can then be negative).
+    """
+    choices = {"of": (of, ("student", "teacher")), "rest": (rest, tuple(_REST))}
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+
+    def stat(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
+        del token
+        log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
+        _, ids = jax.lax.top_k(jax.lax.stop_gradient(log_q if of == "student" else log_p), k)
+        q_k, p_k = (jnp.take_along_axis(x, ids, axis=-1) for x in (log_q, log_p))
+        return divergence(_REST[rest](q_k), _REST[rest](p_k))
+
+    return stat
+
+
+def _add_tail(log_x: Array) -> Array:
+    # Rounding can put the mass of the support at or above 1; the clamp keeps the tail's log finite.
+    mass = jnp.minimum(jax.nn.logsumexp(log_x, axis=-1, keepdims=True), -1e-7)
+    return jnp.concatenate([log_x, jnp.log(-jnp.expm1(mass))], axis=-1)
+
+
+_REST = {
+    "tail": _add_tail,
+    "renormalize": lambda log_x: jax.nn.log_softmax(log_x, axis=-1),
+    "truncate": lambda log_x: log_x,
+}
+
+
+def reverse_kl_of_log_probs(log_q: Array, log_p: Array) -> Array:
+    """kl(student||teacher) from log-probabilities; for `on_top_k`."""
+    return _kl(log_q, log_p)
+
+
+def forward_kl_of_log_probs(log_q: Array, log_p: Array) -> Array:
+    """kl(teacher||student) from log-probabilities; for `on_top_k`."""
+    return _kl(log_p, log_q)
+
+
+def jsd_of_log_probs(beta: float) -> Callable[[Array, Array], Array]:
+    """`generalized_jsd` from log-probabilities; for `on_top_k`. 0 < beta < 1."""
+    return lambda log_q, log_p: _jsd(log_q, log_p, beta)
+
+
+def masked_quantile(x: Array, mask: Array, q: float) -> Array:
+    """The q-quantile of the entries of x where mask is nonzero, linearly interpolated.
+
+    Equals `np.quantile(x[mask != 0], q)`; 0 if the mask is empty. Works on any shape, under jit.
+    """
+    values = jnp.sort(jnp.where(mask != 0, x, jnp.inf).ravel())
+    count = jnp.sum(mask != 0)
+    position = q * jnp.maximum(count - 1, 0)
+    low = jnp.floor(position).astype(int)
+    high = jnp.minimum(low + 1, jnp.maximum(count - 1, 0))
+    share = position - low
+    value = values[low] * (1 - share) + values[high] * share
+    return jnp.where(count > 0, value, 0.0)

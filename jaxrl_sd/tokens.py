@@ -1,0 +1,130 @@
+"""Text to token ids and back: chat templates, padding, prompts with privileged text.
+
+Response ids are never decoded and re-tokenised: a teacher scores the very ids that were sampled.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrl_sd.types import InputError
+
+
+class Template(NamedTuple):
+    """Wording of a prompt. `{name}` is a slot; any other brace is text."""
+
+    user: str = "{problem}"
+    system: str = ""  # no system turn when empty
+    tail: str = ""  # follows the rendered prompt, generation header included
+
+
+def load_tokenizer(path: str | os.PathLike):
+    """The tokenizer of a Hugging Face folder or hub name.
+
+    Raises:
+      InputError: there is none, or it has no chat template or no padding token.
+    """
+    from transformers import AutoTokenizer  # seconds to import, and not needed by the arithmetic
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"model.path: no tokenizer could be read from {path}: {first}") from error
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"model.path: the tokenizer in {path} has no chat template; add chat_template.jinja "
+            "or the field chat_template of tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"model.path: the tokenizer in {path} has no padding token; set pad_token in its "
+            "tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def fill(text: str, slots: Mapping[str, str]) -> str:
+    """Replaces `{name}` by slots[name]; braces inside slot texts and `{}` stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: slots.get(match[1], match[0]), text)
+
+
+def render(tokenizer, template: Template, slots: Mapping[str, str]) -> list[int]:
+    """Token ids of a prompt, generation header and tail included."""
+    system, user = fill(template.system, slots), fill(template.user, slots)
+    messages = [{"role": "system", "content": system}] if template.system else []
+    messages.append({"role": "user", "content": user})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text + fill(template.tail, slots), add_special_tokens=False)["input_ids"]
+
+
+def render_within(
+    tokenizer, template: Template, problem: str, privileged: Mapping[str, str], limit: int
+) -> tuple[list[int], bool]:
+    """`render` in at most `limit` tokens; only the longest privileged slot is cut, from its end.
+
+    Returns:
+      The ids, and whether privileged text was cut.
+
+    Raises:
+      InputError: the prompt is too long even without that slot.
+    """
+
+    def attempt(kept: int | None) -> list[int]:
+        slots = dict(privileged, problem=problem)
+        if kept is not None:
+            slots[longest] = slots[longest][:kept]
+        return render(tokenizer, template, slots)
+
+    ids = attempt(None)
+    if len(ids) <= limit:
+        return ids, False
+    longest = max(privileged, key=lambda name: len(privileged[name]), default=None)
+    if longest is None or len(attempt(0)) > limit:
+        raise InputError(
+            f"prompt: {len(ids)} tokens, expected at most {limit}, for the problem {problem[:80]!r}"
+        )
+    low, high = 0, len(privileged[longest])  # characters: `low` fits, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(attempt(middle)) <= limit else (low, middle)
+    return attempt(low), True
+
+
+def left_pad(
+    rows: Sequence[Sequence[int]], width: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """i32[B, width] with each row at the right end, and the rows' lengths i32[B]."""
+    out = np.full((len(rows), width), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        out[i, width - len(row) :] = row
+    return out, np.array([len(row) for row in rows], np.int32)
+
+
+def response_text(tokenizer, ids: Sequence[int], stop_ids: Sequence[int]) -> str:
+    """Text of a response without its stop token."""
+    ids = [int(i) for i in ids]
+    if ids and ids[-1] in stop_ids:
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def stop_ids(tokenizer, path: str | os.PathLike) -> tuple[int, ...]:
+    """Ids that end a response: the tokenizer's and those of generation_config.json."""
+    from transformers import GenerationConfig
+
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        ids = None
+    ids = ids if isinstance(ids, list) else [ids]
+    ids = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    if not ids:
+        raise InputError(
+            f"model.path: neither the tokenizer nor generation_config.json in {path} names a "
+            "token that ends a response"
+        )
+    return tuple(sorted(ids))

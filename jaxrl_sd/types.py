@@ -1,0 +1,88 @@
+"""The records that flow through the pipeline, in the order in which they appear. Read this first.
+
+P prompts, G samples each, B = P * G rows (group-major: rows p * G ... p * G + G - 1 answer prompt
+p), S prompt tokens, T response tokens, V vocabulary. Suffix `_t`: one value per response token.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+
+Array = jax.Array
+Params = Any  # a pytree of arrays
+
+
+class InputError(ValueError):
+    """Bad input from the user. The message names the field, the value and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem as the data set has it. `verifier` names an entry of `verify.VERIFIERS`."""
+
+    id: str
+    prompt: str  # what the student is asked, as the text of one user turn
+    answer: str  # what the verifier compares with; also what an `answer` context shows
+    solution: str | None = None  # a worked solution, for contexts that show one
+    verifier: str = "math"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sampled answer with its verdict, on the host.
+
+    `correct` is None when the verifier could not decide (it hung or failed): such a row takes no
+    part in its group's statistics and is not trained on. It is never counted as wrong.
+    """
+
+    ids: tuple[int, ...]  # response tokens, the stop token included
+    text: str  # the response without its stop token
+    correct: bool | None
+    truncated: bool  # the length limit came before a stop token
+
+
+@flax.struct.dataclass
+class Rollouts:
+    """Sampled responses and their rewards, on the device."""
+
+    prompt: Array  # i32[B, S], left-padded
+    prompt_length: Array  # i32[B]
+    response: Array  # i32[B, T], right-padded
+    mask_t: Array  # f32[B, T], 1 on tokens that train, up to and including the stop token
+    sampler_logp_t: Array  # f32[B, T], log softmax(logits / temperature) as the sampler saw it
+    behaviour_logp_t: Array  # f32[B, T], the same after top-k and top-p, renormalised
+    reward: Array  # f32[B]
+    correct: Array  # f32[B], the verdict, whatever `reward` adds to it
+    graded: Array  # f32[B], 0 where the verifier could not decide
+    group_size: int = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Hints:
+    """What one teacher is shown: its own prompt for the same responses."""
+
+    prompt: Array  # i32[B, S'], left-padded
+    prompt_length: Array  # i32[B]
+    shown: Array  # f32[B], 0 where this teacher is silent
+    source: Array  # i32[B], the row whose response is shown, -1 where none is
+
+
+@flax.struct.dataclass
+class Credit:
+    """Everything a method decides about a token."""
+
+    adv_t: Array  # f32[B, T], multiplies the policy gradient
+    distill_t: Array  # f32[B, T], multiplies the divergence to the teacher
+
+
+@flax.struct.dataclass
+class Batch:
+    """Grows by one field a stage and is never changed backwards."""
+
+    rollouts: Rollouts
+    hints: dict[str, Hints]
+    scores: dict[str, Array] | None = None  # {name: f32[B, T]}, no gradient, 0 where masked
+    credit: Credit | None = None
+    weight_t: Array | None = None  # f32[B, T], loss = sum(loss_t * weight_t)

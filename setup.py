@@ -1,0 +1,30 @@
+"""Installs jaxrl_sd; `pip install -e .[test]` adds what the tests need."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="jaxrl_sd",
+    version="0.1.0",
+    description="Self-distillation for reinforcement learning with verifiable rewards, in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jaxrl_sd*"]),
+    package_data={"jaxrl_sd": ["assets/**/*"]},
+    install_requires=[
+        "absl-py>=2.5",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "math-verify>=0.9.0",
+        "matplotlib>=3.11",
+        "ml_collections>=1.1",
+        "numpy>=2.4",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "safetensors>=0.8",
+        "sympy>=1.14",
+        "tensorboardX>=2.6.5",
+        "transformers>=5.23",
+    ],
+    extras_require={"test": ["pytest>=9.2", "ruff>=0.14", "torch>=2.13"]},
+)
