@@ -1,0 +1,13 @@
+"""Verifiers decide, on the host, whether a response solves its problem.
+
+A verifier is a pure function `verify(prompt: str, answer: str, response: str) -> bool`, True when
+the response is correct. It raises when it cannot decide; it never raises because a response is
+malformed. Verifiers run in the worker processes of `pool.VerifierPool`: a response may hang or
+crash whatever tries to understand it.
+"""
+
+# Targets rather than functions, so that the training process never imports sympy.
+VERIFIERS: dict[str, str] = {
+    "math": "jaxrl_sd.verify.math:verify",
+    "countdown": "jaxrl_sd.verify.countdown:verify",
+}

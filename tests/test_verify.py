@@ -1,0 +1,401 @@
+"""Verifiers, and the pool that bounds what they may cost."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxrl_sd.types import InputError
+from jaxrl_sd.verify import VERIFIERS, countdown, math
+from jaxrl_sd.verify.pool import Verdict, VerifierPool
+
+RIGHT, WRONG = Verdict(True, "ok"), Verdict(False, "ok")
+TIMEOUT, ERROR = Verdict(None, "timeout"), Verdict(None, "error")
+
+# Math-Verify runs on this for more than a minute, in C code that no signal handler interrupts.
+ENDLESS = r"\boxed{\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}}"
+
+UNRULY = """
+    import ctypes, os, sys, time
+
+    def equal(prompt, answer, response):
+        return answer == response
+
+    def sleep(prompt, answer, response):
+        time.sleep(1000)
+
+    def compute(prompt, answer, response):
+        return 7 ** 10**9 == 0  # in C, holding the interpreter lock
+
+    def fail(prompt, answer, response):
+        raise ValueError("cannot decide")
+
+    def leave(prompt, answer, response):
+        os._exit(0)
+
+    def crash(prompt, answer, response):
+        ctypes.string_at(0)
+
+    def allocate(prompt, answer, response):
+        return bool(bytearray(1 << 33))
+
+    def sees_jax(prompt, answer, response):
+        return any(name in sys.modules for name in ("jax", "math_verify", "pytest"))
+"""
+
+
+@pytest.fixture
+def unruly(tmp_path, monkeypatch):
+    """Adds the verifiers of `UNRULY`, `slow` (slow to import) and `broken` (cannot be imported)."""
+    (tmp_path / "unruly.py").write_text(textwrap.dedent(UNRULY))
+    (tmp_path / "slow.py").write_text("import time\nfrom unruly import equal\ntime.sleep(1)")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("equal", "sleep", "compute", "fail", "leave", "crash", "allocate", "sees_jax"):
+        monkeypatch.setitem(VERIFIERS, name, f"unruly:{name}")
+    monkeypatch.setitem(VERIFIERS, "slow", "slow:equal")
+    monkeypatch.setitem(VERIFIERS, "broken", "unruly:missing")
+    return tmp_path
+
+
+def job(name: str, response: str = "1") -> tuple[str, str, str, str]:
+    return (name, "prompt", "1", response)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_verdicts_come_in_the_order_of_the_answers(unruly):
+    jobs = [job("equal", str(i % 3)) for i in range(100)]
+    with VerifierPool(workers=3, timeout_s=20) as pool:
+        assert pool.grade(jobs) == [RIGHT if i % 3 == 1 else WRONG for i in range(100)]
+        assert pool.grade([]) == []
+
+
+def test_an_answer_that_hangs_costs_itself_only(unruly):
+    names = ["equal", "sleep", "equal", "compute", *["equal"] * 20]
+    expected = [RIGHT, TIMEOUT, RIGHT, TIMEOUT, *[RIGHT] * 20]
+    with VerifierPool(workers=2, timeout_s=0.5) as pool:
+        assert pool.grade([job(name) for name in names]) == expected
+        assert pool.grade([job("equal"), job("equal", "2")]) == [RIGHT, WRONG]
+
+
+def test_math_verify_can_be_stopped():
+    texts = [r"\boxed{72}", ENDLESS, r"\boxed{36 \cdot 2}", r"\boxed{7}"]
+    with VerifierPool(workers=1, timeout_s=3) as pool:
+        verdicts = pool.grade([("math", "", "72", text) for text in texts])
+    assert verdicts == [RIGHT, TIMEOUT, RIGHT, WRONG]
+
+
+@pytest.mark.parametrize("name", ["fail", "leave", "crash", "allocate"])
+def test_an_answer_that_breaks_the_verifier_costs_itself_only(unruly, name):
+    names = ["equal", name, "equal", "equal", name]
+    with VerifierPool(workers=1, timeout_s=20) as pool:
+        assert pool.grade([job(name) for name in names]) == [RIGHT, ERROR, RIGHT, RIGHT, ERROR]
+        assert pool.grade([job("equal")]) == [RIGHT]
+
+
+def test_a_worker_that_dies_between_calls_costs_no_answer(unruly):
+    with VerifierPool(workers=2, timeout_s=20) as pool:
+        pool.grade([job("equal")] * 4)
+        process = pool._workers[0].process
+        process.kill()
+        process.wait()
+        assert pool.grade([job("equal")] * 4) == [RIGHT] * 4
+
+
+def test_the_import_of_a_verifier_is_not_on_the_clock(unruly):
+    with VerifierPool(workers=1, timeout_s=0.5) as pool:
+        assert pool.grade([job("slow")]) == [RIGHT]
+
+
+def test_a_worker_imports_what_it_is_asked_for_and_not_jax(unruly):
+    with VerifierPool(workers=1, timeout_s=20) as pool:
+        assert pool.grade([job("sees_jax")]) == [WRONG]
+    parent = (
+        "import sys, jaxrl_sd.verify.pool; sys.exit('jax' in sys.modules or 'sympy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", parent], check=False).returncode == 0
+
+
+def test_the_pool_works_off_the_main_thread(unruly):
+    verdicts = []
+    with VerifierPool(workers=1, timeout_s=0.5) as pool:
+        jobs = [("math", "", "72", "#### 72"), job("sleep"), job("equal")]
+        thread = threading.Thread(target=lambda: verdicts.extend(pool.grade(jobs)))
+        thread.start()
+        thread.join()
+        # The thread that started a worker has ended; the worker must not have ended with it.
+        assert verdicts == [RIGHT, TIMEOUT, RIGHT]
+        assert pool.grade([job("equal")]) == [RIGHT]
+
+
+def test_two_threads_get_their_own_verdicts(unruly):
+    verdicts = {}
+    with VerifierPool(workers=2, timeout_s=20) as pool:
+
+        def grade(response: str) -> None:
+            verdicts[response] = pool.grade([job("equal", response)] * 30)
+
+        threads = [threading.Thread(target=grade, args=(response,)) for response in "12"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert verdicts == {"1": [RIGHT] * 30, "2": [WRONG] * 30}
+
+
+def test_bad_arguments_are_refused(unruly):
+    with VerifierPool(workers=1, timeout_s=20) as pool:
+        with pytest.raises(InputError, match="verifier: got 'maths', expected one of"):
+            pool.grade([job("equal"), job("maths")])
+        assert not pool._workers[0].pending
+        with pytest.raises(RuntimeError, match="cannot be imported: AttributeError"):
+            pool.grade([job("broken")])
+        assert pool.grade([job("equal")]) == [RIGHT]
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.grade([job("equal")])
+    with pytest.raises(InputError, match="workers: got 0"):
+        VerifierPool(workers=0, timeout_s=1)
+    with pytest.raises(InputError, match="timeout_s: got 0"):
+        VerifierPool(workers=1, timeout_s=0)
+
+
+def test_close_leaves_no_process(unruly):
+    with VerifierPool(workers=2, timeout_s=0.5) as pool:
+        pool.grade([job("equal"), job("sleep"), job("equal"), job("leave")])
+        pids = [worker.process.pid for worker in pool._workers]
+        assert all(map(is_running, pids))
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):  # neither running nor a zombie
+            os.kill(pid, 0)
+
+
+def test_workers_do_not_outlive_a_killed_parent(unruly):
+    script = f"""
+        import sys, threading
+        sys.path.insert(0, {str(unruly)!r})
+        from jaxrl_sd.verify import VERIFIERS
+        from jaxrl_sd.verify.pool import VerifierPool
+
+        VERIFIERS.update(sleep="unruly:sleep", compute="unruly:compute", equal="unruly:equal")
+        pool = VerifierPool(workers=3, timeout_s=1000)
+        pool.grade([("equal", "", "", "")] * 6)
+        print(*[worker.process.pid for worker in pool._workers], flush=True)
+        pool.grade([("sleep", "", "", ""), ("compute", "", "", "")])  # and one worker is idle
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        time.sleep(0.5)  # until two of them hang
+        assert len(pids) == 3 and all(map(is_running, pids))
+        parent.send_signal(signal.SIGKILL)
+    patience = time.monotonic() + 10
+    while any(map(is_running, pids)) and time.monotonic() < patience:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "4 * 7 = 28 ; 28 + 4 = 32",
+        "4 * 7 = 28 ; 28 + 4 = 32 ;",
+        "7 * 4 = 28 ; 4 + 28 = 32",
+        "4 + 7 = 11 ; no 4 * 7 = 28 ; 28 + 4 = 32",
+        "4 + 7 = no 9 no 4 * 7 = 28 ; 28 + 4 = 32",
+    ],
+)
+def test_countdown_accepts(response):
+    assert countdown.verify("4 7 4 : 32", "4 * 7 28 + 4", response) is True
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        ";",
+        "no",
+        "4 * 7 = 28",  # one number is not used
+        "4 * 7 = 28 ; 28 + 4 = 32 ; 32 + 4 = 36",  # the 4 is used twice
+        "4 * 7 = 28 ; 28 + 4 = 33",
+        "4 * 7 = 32",  # does not compute
+        "4 * 8 = 32 ; 7 - 7 = 0",  # not its numbers
+        "7 - 4 = 3 ; 4 * 3 = 12",  # not the target
+        "4 - 7 = -3 ; 4 - -3 = 7",
+        "4 * 7 = 28 ; 28 + 4 = 32 no",
+        "4 * 7 = 28 no ; 28 + 4 = 32",
+        "4 * 7 = 28 ; ; 28 + 4 = 32",
+        "4*7=28 ; 28 + 4 = 32",
+        "4 * 7 = 28 , 28 + 4 = 32",
+        "4 * 7 = 28 ; 28 + 4 = 32 = 32",
+        "4 * 7 = 28 ; 28 + 4 = " + "3" * 5000,
+    ],
+)
+def test_countdown_rejects(response):
+    assert countdown.verify("4 7 4 : 32", "", response) is False
+
+
+def test_countdown_never_takes_a_number_twice():
+    assert countdown.verify("4 4 : 8", "", "4 + 4 = 8")
+    assert not countdown.verify("4 5 : 8", "", "4 + 4 = 8")
+    assert not countdown.verify("3 8 : 5", "", "3 - 8 = 5")
+    assert countdown.verify("3 8 : 5", "", "8 - 3 = 5")
+
+
+def test_countdown_reads_the_last_problem_of_the_prompt():
+    prompt = "For 1 2 : 3 it is easy. Step 9\nSolve 4 7 4 : 32. Use every number."
+    assert countdown.verify(prompt, "", "4 * 7 = 28 ; 28 + 4 = 32")
+    with pytest.raises(ValueError, match="prompt: got 'Solve it'"):
+        countdown.verify("Solve it", "", "4 * 7 = 28")
+
+
+FORMS = {
+    "boxed": r"Some $x=5$ first, then \boxed{7}. In the end \boxed{%s}.",
+    "inline": "First 12 of them.\nThe final answer is $%s$.",
+    "plain": "First 12 of them.\nThe answer is %s.",
+    "alone": "%s",
+}
+
+
+def verdicts(answer: str, final: str) -> dict[str, bool]:
+    return {form: math.verify("", answer, text % final) for form, text in FORMS.items()}
+
+
+@pytest.mark.parametrize(
+    "answer, final",
+    [
+        # Math-Verify 0.9.0 calls these different, at least as plain text
+        (r"e^{16}-1", "-1 + exp(16)"),
+        (r"\frac{\pi}{2}", "pi/2"),
+        (r"14-i", "14.0 + -1.0i"),
+        (r"-2\pi", "-2*pi"),
+        (r"4\sqrt2", "4√2"),
+        (r"\frac{1+\sqrt5}{2}", "(1+sqrt(5))/2"),
+        (r"e^{2(x+1)}", "e^(2(x+1))"),
+        (r"\ln 2", "ln(2)"),
+        ("2^{10}", "2**10"),
+        ("-3.5", "-3 1/2"),
+        ("90", "90°"),
+        (r"x=2k\pi", r"x=2n\pi"),
+        (r"\frac{\pi}{2}+2k\pi, k \in \mathbb{Z}", r"2n\pi+\pi/2 (n \in \mathbb Z)"),
+        (r"1,2,\ldots,n", "1, 2, ..., n"),
+        # and these equal, as they are
+        ("1/2004!", r"\frac{1}{2004!}"),
+        ("2^{-99}", r"\frac{1}{2^{99}}"),
+        (r"1:2:3:\ldots", r"1:2:3:\cdots"),
+        ("3x-y+13=0", "3*x-1*y+13=0"),
+        (r"4\sqrt{2}", r"\sqrt{32}"),
+        ("101_2", "101_{2}"),
+        ("1011", "1011_2"),
+        (r"\frac13", "0.333333"),
+        (r"\frac{1}{2}", "0.5"),
+        ("1,000", "1000"),
+        ("1000", "1 000"),
+        ("75", r"75\%"),
+        (r"x^2+2x", "x(x+2)"),
+        ("x^2/4 + y^2/3 = 1", "x^2/16 + y^2/12 = 1/4"),
+        (r"\{1,2\}", r"\{2,1\}"),
+        ("[1,2)", "[1, 2)"),
+        ("D", "(D)"),
+        ("12:00", "12:00"),
+        ("$x \\le 2$", "x≤2"),
+    ],
+)
+def test_equal_answers(answer, final):
+    assert verdicts(answer, final) == dict.fromkeys(FORMS, True)
+
+
+@pytest.mark.parametrize(
+    "answer, final",
+    [
+        # Math-Verify 0.9.0 calls these equal, at least as plain text
+        ("1/2004!", "1/2006!"),
+        ("2^{-99}", "2^{-98}"),
+        ("x=2^{-99}", "x=2^{-98}"),
+        ("0.0000001", "0.0000002"),
+        (r"1,2,\ldots,n", r"1,3,\ldots,2n-1"),
+        ("1, 2, ..., n", "1, 3, ..., 2n-1"),
+        (r"1:2:3:\ldots", r"1:4:9:\ldots"),
+        ("2", r"1 + 2 + \cdots + n"),
+        ("3*x-1*y+13=0", "3x + 4y + 14=0"),
+        ("4", r"4\sqrt2"),
+        ("4", r"4\sqrt(2)"),
+        ("4", "4√2"),
+        ("101_2", "101"),
+        ("101_2", "101_3"),
+        ("-1", "-1 + exp(16)"),
+        ("-2", "-2*pi"),
+        # and these different, as they are
+        (r"\frac{\pi}{3}", "pi/2"),
+        ("14", "14.0 + -1.0i"),
+        (r"x=2k\pi", r"x=3n\pi"),
+        ("n", "k"),
+        ("2^{100}", "2^{100}+1"),
+        (r"\sqrt{2}", "1.414"),
+        ("[1,2]", "(1,2)"),
+        ("x=1", "y=1"),
+        ("31/2", "3 1/2"),
+        ("72", ""),
+    ],
+)
+def test_different_answers(answer, final):
+    assert verdicts(answer, final) == dict.fromkeys(FORMS, False)
+
+
+@pytest.mark.parametrize(
+    "response, correct",
+    [
+        ("48 + 24 = 72 clips.\n#### 72", True),
+        ("#### 71\n#### 72.", True),
+        ("#### 72\n#### 71", False),
+        ("#### 72 clips", True),
+        ("The answer is 72.", True),
+        ("The answer is $72.", True),
+        ("The answer is 72...", True),
+        ("The answer is 72 clips, 24 more than 48.", True),
+        ("Of 90 clips\n\n**Final Answer: 72**", True),
+        ("The answer is 71. No: the answer is 72.", True),
+        (r"It is \boxed{72}.", True),
+        (r"The answer is 71, no, \boxed{72}.", True),
+        (r"\boxed{72}. The answer was 71 first, so again \boxed{71}", False),
+        (r"The answer is 72, so \boxed{71}.", False),
+        (r"\boxed{072}", True),
+        (r"\boxed{}", False),
+        ("I do not know.", False),
+        ("", False),
+    ],
+)
+def test_where_the_final_answer_is(response, correct):
+    assert math.verify("How many clips?", "72", response) is correct
+
+
+def test_a_parameter_that_the_problem_names_keeps_its_name():
+    assert math.verify("Solve sin x = 0.", r"x=k\pi", r"\boxed{x=n\pi}")
+    assert not math.verify("Let $n$ and $k$ be integers.", r"x=k\pi", r"\boxed{x=n\pi}")
+
+
+def test_an_answer_may_be_marked_or_delimited():
+    for answer in ("$72$", r"\(72\)", r"so it is \boxed{72}.", "24 + 48 = 72\n#### 72"):
+        assert math.verify("", answer, r"\boxed{72}")
+        assert not math.verify("", answer, r"\boxed{24}")
+
+
+def test_a_final_answer_far_longer_than_the_reference_is_wrong():
+    assert math.verify("", "72", r"\boxed{72" + " + 0" * 10 + "}")
+    assert not math.verify("", "72", r"\boxed{72" + " + 0" * 200 + "}")
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "$ $", r"\boxed{}"])
+def test_an_empty_reference_answer_is_an_error(answer):
+    with pytest.raises(ValueError, match="answer: got"):
+        math.verify("", answer, r"\boxed{72}")
