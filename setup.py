@@ -24,6 +24,7 @@ setup(
         "safetensors>=0.8",
         "sympy>=1.14",
         "tensorboardX>=2.6.5",
+        "tqdm>=4.70",
         "transformers>=5.23",
     ],
     extras_require={"test": ["pytest>=9.2", "ruff>=0.14", "torch>=2.13"]},

@@ -66,6 +66,8 @@ def default() -> ConfigDict:
     config.compute.micro_batches = 1  # parts of a batch whose gradients are added up
     config.compute.chunk = 4096  # tokens whose logits exist at a time
 
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})  # devices along each axis
+
     config.evaluation = ConfigDict()
     config.evaluation.every = 20  # updates; the start and the end are always evaluated
     config.evaluation.samples = 4  # k of avg@k and pass@k, at the rollout's sampling settings
@@ -88,7 +90,7 @@ def check(config: ConfigDict) -> Method:
         hyper-parameter that does not exist, a group too small for the method, or an output folder
         that cannot be written.
     """
-    _check_keys(config, default(), prefix="")
+    _check_keys(config.to_dict(), default().to_dict(), prefix="")
     _check_templates(config)
     _check_ranges(config)
     method = _method(config)
@@ -159,7 +161,15 @@ def _check_ranges(config: ConfigDict) -> None:
     at_least_1 = (
         *("steps", "rollout.prompts", "rollout.group_size", "rollout.max_prompt"),
         *("rollout.max_hint_prompt", "rollout.max_response", "compute.micro_batches"),
-        *("compute.chunk", "evaluation.every", "evaluation.samples", "checkpoint.every"),
+        *(
+            "compute.chunk",
+            "mesh.data",
+            "mesh.fsdp",
+            "mesh.tensor",
+            "evaluation.every",
+            "evaluation.samples",
+            "checkpoint.every",
+        ),
         *("checkpoint.keep", "verifier.workers"),
     )
     for field in at_least_1:
@@ -173,6 +183,8 @@ def _check_ranges(config: ConfigDict) -> None:
     _expect(config, "optimizer.schedule", lambda x: x in SCHEDULES, f"one of {SCHEDULES}")
     rows = config.rollout.prompts * config.rollout.group_size
     _expect(config, "compute.micro_batches", lambda x: rows % x == 0, f"a divisor of {rows} rows")
+    split = config.mesh.data * config.mesh.fsdp
+    _expect(config, "rollout.prompts", lambda x: x % split == 0, f"a multiple of {split} devices")
 
 
 def _expect(config: ConfigDict, field: str, holds, expected: str) -> None:

@@ -45,7 +45,7 @@ def describe(batch: Batch) -> dict[str, Array]:
 def make_gaps(method: Method, config: ModelConfig, temperature: float, chunk: int):
     """A jitted (state, batch) -> {teacher: f32[B, T]}: log p_T - log p_S of the sampled tokens.
 
-    For pictures of a few rows, whatever the method itself computes.
+    For pictures, whatever the method itself computes.
     """
     requests = {name: (name, stats.log_prob_gap) for name in method.teachers}
 
@@ -55,3 +55,12 @@ def make_gaps(method: Method, config: ModelConfig, temperature: float, chunk: in
         return token_stats(requests, state.params, teachers, batch, config, temperature, chunk)
 
     return gaps
+
+
+def gap_sizes(batch: Batch, gaps: dict[str, Array]) -> dict[str, Array]:
+    """Mean absolute gap of each teacher over the trained tokens."""
+    weight_t = losses.token_mean(batch.rollouts.mask_t)
+    return {
+        f"teacher/{name}/gap_abs": losses.weighted_sum(jnp.abs(gap_t), weight_t)
+        for name, gap_t in gaps.items()
+    }

@@ -7,10 +7,9 @@ import numpy as np
 
 from jaxrl_sd import tokens
 from jaxrl_sd.methods.base import Grades
-from jaxrl_sd.model import ModelConfig
-from jaxrl_sd.sampler import Samples, SamplingConfig, sample
+from jaxrl_sd.sampler import Samples
 from jaxrl_sd.tokens import Template
-from jaxrl_sd.types import Array, Params, Problem, Rollouts, Sample
+from jaxrl_sd.types import Array, Problem, Rollouts, Sample
 from jaxrl_sd.verify.pool import VerifierPool
 
 
@@ -26,49 +25,37 @@ def encode(
     return tokens.left_pad(prompts, width, tokenizer.pad_token_id)
 
 
-def draw(
-    params: Params,
-    key: Array,
-    prompt: np.ndarray,
-    prompt_length: np.ndarray,
-    group_size: int,
-    sampling: SamplingConfig,
-    config: ModelConfig,
-) -> Samples:
-    """`sampler.sample`, brought to the host."""
-    samples = sample(
-        params,
-        key,
-        prompt,
-        prompt_length,
-        group_size=group_size,
-        sampling=sampling,
-        config=config,
-    )
-    return jax.device_get(samples)
-
-
 def verify(
-    problems: Sequence[Problem], samples: Samples, tokenizer, sampling: SamplingConfig, pool
+    problems: Sequence[Problem],
+    samples: Samples,
+    tokenizer,
+    stop_ids: Sequence[int],
+    pool: VerifierPool,
 ) -> tuple[list[list[Sample]], dict[str, float]]:
-    """Texts and verdicts of every sample, by group, and counts of verifier failures."""
-    pool: VerifierPool
-    rows = [
-        (problem, tuple(ids[:length].tolist()), bool(truncated))
-        for problem, *group in zip(
-            problems, samples.response, samples.length, samples.truncated, strict=True
+    """Texts and verdicts of every sample, by group, and counts of verifier failures.
+
+    Args:
+      problems: P problems.
+      samples: P x G, on the host.
+    """
+    group_size = samples.response.shape[1]
+    asked = [problem for problem in problems for _ in range(group_size)]
+    ids = [
+        tuple(row[:length].tolist())
+        for row, length in zip(
+            samples.response.reshape(len(asked), -1), samples.length.ravel(), strict=True
         )
-        for ids, length, truncated in zip(*group, strict=True)
     ]
-    texts = [tokens.response_text(tokenizer, ids, sampling.stop_ids) for _, ids, _ in rows]
+    texts = [tokens.response_text(tokenizer, row, stop_ids) for row in ids]
     verdicts = pool.grade(
-        [(p.verifier, p.prompt, p.answer, text) for (p, *_), text in zip(rows, texts, strict=True)]
+        [(p.verifier, p.prompt, p.answer, text) for p, text in zip(asked, texts, strict=True)]
     )
     out = [
-        Sample(ids, text, verdict.correct, truncated)
-        for (_, ids, truncated), text, verdict in zip(rows, texts, verdicts, strict=True)
+        Sample(row, text, verdict.correct, bool(truncated))
+        for row, text, verdict, truncated in zip(
+            ids, texts, verdicts, samples.truncated.ravel(), strict=True
+        )
     ]
-    group_size = samples.response.shape[1]
     groups = [out[i : i + group_size] for i in range(0, len(out), group_size)]
     metrics = {
         f"verifier/{status}": sum(v.status == status for v in verdicts)
@@ -107,7 +94,7 @@ def grade(
 
 
 def measure(
-    params: Params,
+    draw: Callable[[Array, np.ndarray, np.ndarray], Samples],
     key: Array,
     problems: Sequence[Problem],
     tokenizer,
@@ -116,33 +103,29 @@ def measure(
     *,
     max_prompt: int,
     batch: int,
-    samples: int,
-    sampling: SamplingConfig,
-    config: ModelConfig,
+    stop_ids: Sequence[int],
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Verdicts of `samples` answers to each problem, for evaluation.
+    """Verdicts of k answers to each problem, for evaluation.
 
     Args:
+      draw: (key, prompts, prompt lengths) -> samples of `batch` prompts.
       batch: prompts sampled at a time; the last batch is filled up with its last problem.
 
     Returns:
-      f64[N, samples], 1 correct, 0 wrong, NaN where the verifier could not decide; and metrics.
+      f64[N, k], 1 correct, 0 wrong, NaN where the verifier could not decide; and metrics.
     """
     verdicts, length, truncated = [], [], []
     for i in range(0, len(problems), batch):
         part = list(problems[i : i + batch])
         padded = part + part[-1:] * (batch - len(part))
-        prompt, prompt_length = encode(padded, tokenizer, template, max_prompt)
-        drawn = draw(
-            params, jax.random.fold_in(key, i), prompt, prompt_length, samples, sampling, config
-        )
-        drawn = jax.tree.map(lambda x: x[: len(part)], drawn)  # noqa: B023, used at once
-        groups, _ = verify(part, drawn, tokenizer, sampling, pool)
+        prompt = encode(padded, tokenizer, template, max_prompt)
+        samples = jax.device_get(draw(jax.random.fold_in(key, i), *prompt))
+        groups, _ = verify(padded, samples, tokenizer, stop_ids, pool)
         verdicts += [[np.nan if s.correct is None else s.correct for s in g] for g in groups]
-        length.append(drawn.length)
-        truncated.append(drawn.truncated)
+        length.append(samples.length[: len(part)])
+        truncated.append(samples.truncated[: len(part)])
     metrics = {
         "length": float(np.concatenate(length).mean()),
         "truncated": float(np.concatenate(truncated).mean()),
     }
-    return np.array(verdicts, np.float64), metrics
+    return np.array(verdicts[: len(problems)], np.float64), metrics

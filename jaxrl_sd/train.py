@@ -22,18 +22,30 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxrl_sd import checkpoint, contexts, data, diagnostics, evaluate, report, rollout, weights
+from jaxrl_sd import (
+    checkpoint,
+    contexts,
+    data,
+    diagnostics,
+    evaluate,
+    report,
+    rollout,
+    sampler,
+    sharding,
+    weights,
+)
 from jaxrl_sd import config as configuration
 from jaxrl_sd.methods import Method
 from jaxrl_sd.metrics import Writer
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.sampler import SamplingConfig
 from jaxrl_sd.tokens import Template, load_tokenizer, stop_ids
-from jaxrl_sd.types import Batch, InputError, Params, Problem, Rollouts, Sample
+from jaxrl_sd.types import Batch, InputError, Params, Problem
 from jaxrl_sd.update import State, Steps, init_state, make_steps
+from jaxrl_sd.verify import VERIFIERS
 from jaxrl_sd.verify.pool import VerifierPool
 
-SHOWN = ("rollout/accuracy", "evaluation/accuracy", "rollout/entropy")
+SHOWN = ("rollout/accuracy", "eval/accuracy", "rollout/entropy")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -49,18 +61,10 @@ class Run(NamedTuple):
     held_out: list[Problem]
     templates: dict[str, Template]
     sampling: SamplingConfig
+    mesh: jax.sharding.Mesh
     steps: Steps
     gaps: Callable[[State, Batch], dict[str, jax.Array]]
     folder: Path
-
-
-class Step(NamedTuple):
-    """What the host knows of one step."""
-
-    problems: list[Problem]
-    groups: list[list[Sample]]
-    rollouts: Rollouts
-    metrics: dict[str, float]
 
 
 class Clock:
@@ -96,7 +100,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
     with (
         checkpoints,
         VerifierPool(config.verifier.workers, config.verifier.timeout_s) as pool,
-        Writer(run.folder, config.steps, first, SHOWN) as writer,
+        Writer(run.folder, config.steps, first + 1 if first else 0, SHOWN) as writer,
     ):
 
         def assess(step: int) -> None:
@@ -111,23 +115,26 @@ def train(config: ConfigDict) -> dict[str, Any]:
                 prompt, samples = sample(run, state, problems, step)
             with clock("verify"):
                 groups, verdict_metrics = rollout.verify(
-                    problems, samples, run.tokenizer, run.sampling, pool
+                    problems, samples, run.tokenizer, run.sampling.stop_ids, pool
                 )
                 rollouts = rollout.grade(*prompt, samples, groups, run.method.grade)
             with clock("context"):
                 hints, hint_metrics = write_hints(run, problems, groups, step)
             with clock("score"):
-                batch = run.steps.score(state, Batch(rollouts, hints))
+                batch = jax.device_put(Batch(rollouts, hints), sharding.of_rows(run.mesh))
+                batch = run.steps.score(state, batch)
                 batch, credit_metrics = jax.block_until_ready(run.steps.credit(batch, step))
+            row = verdict_metrics | hint_metrics
             if is_due(config, step + 1):
                 with clock("log"):
-                    log_group(run, state, batch, problems, groups, step)
+                    gaps = jax.device_get(run.gaps(state, batch))
+                    log_group(run, batch, gaps, problems, groups, step)
+                    row |= diagnostics.gap_sizes(batch, gaps)
             with clock("update"):
                 state, update_metrics = jax.block_until_ready(run.steps.update(state, batch))
             position += len(problems)
             with clock("log"):
-                described = diagnostics.describe(batch)
-                row = verdict_metrics | hint_metrics | described
+                row |= diagnostics.describe(batch)
                 row |= {f"credit/{name}": x for name, x in credit_metrics.items()}
                 row |= {f"update/{name}": x for name, x in update_metrics.items()}
                 row["rollout/length"] = samples.length.mean()
@@ -154,6 +161,7 @@ def is_due(config: ConfigDict, finished: int) -> bool:
 def prepare(config: ConfigDict) -> Run:
     """Checks everything and reads model, tokenizer and problems."""
     method = configuration.check(config)
+    mesh = sharding.make_mesh(**config.mesh)
     params, model = weights.load(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     if len(tokenizer) > model.vocab_size:
@@ -184,14 +192,12 @@ def prepare(config: ConfigDict) -> Run:
         temperature=config.rollout.temperature,
         chunk=config.compute.chunk,
     )
-    gaps = diagnostics.make_gaps(
-        method, model, config.rollout.temperature, config.compute.chunk
-    )
+    gaps = diagnostics.make_gaps(method, model, config.rollout.temperature, config.compute.chunk)
     problems = data.shuffled(train, config.seed)
     folder = Path(config.output_dir)
     return Run(
         *(config, method, params, model, tokenizer, problems, held_out),
-        *(templates, sampling, steps, gaps, folder),
+        *(templates, sampling, mesh, steps, gaps, folder),
     )
 
 
@@ -204,6 +210,12 @@ def check_problems(
       InputError: naming the problem.
     """
     rollout.encode(problems, tokenizer, template, config.rollout.max_prompt)
+    for problem in problems:
+        if problem.verifier not in VERIFIERS:
+            raise InputError(
+                f"data: {problem.id}: verifier: expected one of {sorted(VERIFIERS)}, "
+                f"got {problem.verifier!r}"
+            )
     for name, teacher in method.teachers.items():
         for problem in problems:
             for field in teacher.context.needs:
@@ -218,6 +230,7 @@ def start_or_resume(run: Run, checkpoints) -> tuple[State, int]:
     """The state to go on from, and the position in the sequence of problems."""
     optimizer = configuration.optimizer(run.config)
     state = init_state(run.params, optimizer, run.method.teachers, run.config.seed)
+    state = jax.device_put(state, sharding.of_state(state, run.mesh))
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
     return restored or (state, 0)
 
@@ -234,20 +247,22 @@ def random_key(state: State, stream: str, step: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, number), step)
 
 
+def draw(run: Run, state: State, key, prompt, prompt_length, samples: int, temperature: float):
+    """Responses to the prompts, `samples` each, still on the device."""
+    prompt = jax.device_put((prompt, prompt_length), sharding.of_rows(run.mesh))
+    sampling = replace(run.sampling, temperature=temperature)
+    return sampler.sample(
+        state.params, key, *prompt, group_size=samples, sampling=sampling, config=run.model
+    )
+
+
 def sample(run: Run, state: State, problems: Sequence[Problem], step: int):
     """Prompts (ids and lengths) of the problems, and a group of samples for each."""
-    prompt = rollout.encode(
-        problems, run.tokenizer, run.templates["nothing"], run.config.rollout.max_prompt
-    )
-    samples = rollout.draw(
-        state.params,
-        random_key(state, "sample", step),
-        *prompt,
-        run.config.rollout.group_size,
-        run.sampling,
-        run.model,
-    )
-    return prompt, samples
+    settings = run.config.rollout
+    prompt = rollout.encode(problems, run.tokenizer, run.templates["nothing"], settings.max_prompt)
+    key = random_key(state, "sample", step)
+    samples = draw(run, state, key, *prompt, settings.group_size, settings.temperature)
+    return prompt, jax.device_get(samples)
 
 
 def write_hints(run: Run, problems: Sequence[Problem], groups, step: int):
@@ -265,34 +280,31 @@ def write_hints(run: Run, problems: Sequence[Problem], groups, step: int):
 
 def measure(run: Run, state: State, pool: VerifierPool, step: int) -> dict[str, float]:
     """Held-out accuracy, sampled and greedy; every verdict goes to evaluations/."""
-    k = run.config.evaluation.samples
-    draws = {"sampled": (k, run.sampling), "greedy": (1, replace(run.sampling, temperature=0.0))}
+    k, settings = run.config.evaluation.samples, run.config.rollout
     verdicts, metrics = {}, {}
-    for name, (samples, sampling) in draws.items():
+    for name, samples, temperature in (("sampled", k, settings.temperature), ("greedy", 1, 0.0)):
         verdicts[name], metrics[name] = rollout.measure(
-            state.params,
+            lambda *prompt, n=samples, t=temperature: draw(run, state, *prompt, n, t),
             random_key(state, "evaluate", step),
             run.held_out,
             run.tokenizer,
             run.templates["nothing"],
             pool,
-            max_prompt=run.config.rollout.max_prompt,
-            batch=run.config.rollout.prompts,
-            samples=samples,
-            sampling=sampling,
-            config=run.model,
+            max_prompt=settings.max_prompt,
+            batch=settings.prompts,
+            stop_ids=run.sampling.stop_ids,
         )
     path = evaluation_file(run.folder, step)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({name: v.tolist() for name, v in verdicts.items()}))
     accuracy = evaluate.avg_at_k(verdicts["sampled"])
     return {
-        "evaluation/accuracy": accuracy.value,
-        "evaluation/accuracy_low": accuracy.low,
-        "evaluation/accuracy_high": accuracy.high,
-        "evaluation/greedy_accuracy": evaluate.avg_at_k(verdicts["greedy"]).value,
-        f"evaluation/pass_at_{k}": evaluate.pass_at_k(verdicts["sampled"], k).value,
-        **{f"evaluation/{name}": x for name, x in metrics["sampled"].items()},
+        "eval/accuracy": accuracy.value,
+        "eval/accuracy_low": accuracy.low,
+        "eval/accuracy_high": accuracy.high,
+        "eval/greedy_accuracy": evaluate.avg_at_k(verdicts["greedy"]).value,
+        f"eval/pass_at_{k}": evaluate.pass_at_k(verdicts["sampled"], k).value,
+        **{f"eval/{name}": x for name, x in metrics["sampled"].items()},
     }
 
 
@@ -301,15 +313,13 @@ def evaluation_file(folder: Path, step: int) -> Path:
     return folder / "evaluations" / f"{step:06d}.json"
 
 
-def log_group(run: Run, state: State, batch: Batch, problems, groups, step: int) -> None:
+def log_group(run: Run, batch: Batch, gaps, problems, groups, step: int) -> None:
     """Writes one group, mixed if there is one, with the credit and the gap of every token."""
     mixed = [len({s.correct for s in group}) > 1 for group in groups]
-    p, size = int(np.argmax(mixed)), run.config.rollout.group_size
-    rows = jax.tree.map(lambda x: x[p * size : (p + 1) * size], batch)
-    gaps = jax.device_get(run.gaps(state, rows))
-    credit = jax.device_get(rows.credit)
+    p = int(np.argmax(mixed))
+    credit, reward = jax.device_get((batch.credit, batch.rollouts.reward))
     records = []
-    for i, answer in enumerate(groups[p]):
+    for i, answer in enumerate(groups[p], start=p * run.config.rollout.group_size):
         n = len(answer.ids)
         records.append(
             {
@@ -320,7 +330,7 @@ def log_group(run: Run, state: State, batch: Batch, problems, groups, step: int)
                 "response_tokens": [run.tokenizer.decode([t]) for t in answer.ids],
                 "correct": answer.correct,
                 "truncated": answer.truncated,
-                "reward": float(rows.rollouts.reward[i]),
+                "reward": float(reward[i]),
                 "advantage": credit.adv_t[i, :n].tolist(),
                 "distill": credit.distill_t[i, :n].tolist(),
                 "gap": {name: gap[i, :n].tolist() for name, gap in gaps.items()},

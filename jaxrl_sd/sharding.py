@@ -1,0 +1,97 @@
+"""Where arrays live on a mesh of devices: one table from logical axes to mesh axes.
+
+The mesh has three axes. `data` and `fsdp` both split the rows of a batch; `fsdp` also splits every
+weight matrix along its hidden side, `tensor` along its heads, feed-forward or vocabulary side. XLA
+inserts the communication. On one device all three have size 1 and nothing here does anything.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_sd.types import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. An axis that is not named here is not split.
+RULES = {
+    "rows": ("data", "fsdp"),
+    "hidden": ("fsdp",),
+    "heads": ("tensor",),
+    "feed_forward": ("tensor",),
+    "vocabulary": ("tensor",),
+}
+
+# Logical axes of each parameter, by its name in the tree (model.param_shapes).
+PARAM_AXES = {
+    "embed": ("vocabulary", "hidden"),
+    "head": ("vocabulary", "hidden"),
+    "q": ("layer", "hidden", "heads", "head_dim"),
+    "k": ("layer", "hidden", "heads", "head_dim"),
+    "v": ("layer", "hidden", "heads", "head_dim"),
+    "o": ("layer", "heads", "head_dim", "hidden"),
+    "gate": ("layer", "hidden", "feed_forward"),
+    "up": ("layer", "hidden", "feed_forward"),
+    "down": ("layer", "feed_forward", "hidden"),
+}
+
+
+def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh over the first data * fsdp * tensor devices; says so if that leaves some idle.
+
+    Raises:
+      InputError: there are fewer devices.
+    """
+    sizes, available = (data, fsdp, tensor), jax.device_count()
+    if math.prod(sizes) > available:
+        raise InputError(
+            f"mesh: data={data}, fsdp={fsdp}, tensor={tensor} need {math.prod(sizes)} devices, "
+            f"there are {available}"
+        )
+    if math.prod(sizes) < available:
+        logging.warning("mesh: %d of %d devices are used", math.prod(sizes), available)
+    devices = jax.devices()[: math.prod(sizes)]
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+
+
+def mesh_axes(axes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The mesh axes that split each of an array's logical axes; () for none.
+
+    Raises:
+      ValueError: two axes of the array would be split over the same mesh axis.
+    """
+    entries = [RULES.get(axis, ()) for axis in axes]
+    used = [name for entry in entries for name in entry]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} map two array axes to one mesh axis: {entries}")
+    return entries
+
+
+def of_state(state: Any, mesh: Mesh) -> Any:
+    """Shardings of a pytree that holds parameters, or copies of them, anywhere in it.
+
+    Optimiser moments and teachers have the parameters' names as the end of their paths, so they are
+    split alike. An axis that the mesh does not divide is left whole.
+    """
+
+    def sharding(path, leaf):
+        name = getattr(path[-1], "key", None) if path else None
+        entries = zip(mesh_axes(PARAM_AXES.get(name, ())), np.shape(leaf), strict=False)
+        fitting = [axes if size % _devices(mesh, axes) == 0 else () for axes, size in entries]
+        return NamedSharding(mesh, PartitionSpec(*fitting))
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+def of_rows(mesh: Mesh) -> NamedSharding:
+    """Splits the first axis, the rows of a batch."""
+    return NamedSharding(mesh, PartitionSpec(*mesh_axes(("rows",))))
+
+
+def _devices(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)

@@ -1,0 +1,168 @@
+"""Sampling: what is drawn, from which distribution, and what is reported about it."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_sd import model, sampler
+from jaxrl_sd.model import ModelConfig
+from jaxrl_sd.sampler import SamplingConfig
+
+P, G, S, T, V = 3, 4, 6, 7, 13
+CONFIG = ModelConfig(V + 3, V, 16, 32, 2, 4, 2, 8, 1e4, 1e-6, True)
+PLAIN = SamplingConfig(max_response=T, stop_ids=(1, 2), pad_id=0)
+LENGTH = jnp.array([6, 4, 1])
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger embeddings than at initialisation, so that the distributions are far from uniform.
+    return jax.tree.map(lambda x: 3 * x, model.init_params(jax.random.key(0), CONFIG))
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    tokens = np.random.default_rng(0).integers(3, V, (P, S))
+    return jnp.asarray(np.where(np.arange(S) < S - LENGTH[:, None], 0, tokens), jnp.int32)
+
+
+def draw(params, prompt, sampling=PLAIN, key=0, group_size=G):
+    key = jax.random.key(key)
+    return sampler.sample(
+        params, key, prompt, LENGTH, group_size=group_size, sampling=sampling, config=CONFIG
+    )
+
+
+def trainer_logits(params, prompt, response):
+    """f32[P, G, T, V'] from whole sequences, without a cache."""
+    hidden = model.response_hidden(
+        params,
+        jnp.repeat(prompt, response.shape[1], axis=0),
+        jnp.repeat(LENGTH, response.shape[1]),
+        response.reshape(-1, T),
+        CONFIG,
+    )
+    return model.logits(params, hidden, CONFIG).reshape(*response.shape, -1)
+
+
+def pick(logp, token):
+    return jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0]
+
+
+def valid(samples):
+    return jnp.arange(T) < samples.length[..., None]
+
+
+def test_greedy_takes_the_trainers_likeliest_token(params, prompt):
+    samples = draw(params, prompt, replace(PLAIN, temperature=0.0), group_size=1)
+    expected = trainer_logits(params, prompt, samples.response).argmax(axis=-1)
+    np.testing.assert_array_equal(
+        jnp.where(valid(samples), samples.response, 0), jnp.where(valid(samples), expected, 0)
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logp_is_the_trainers_and_behaviour_logp_that_of_the_draw(params, prompt, temperature):
+    sampling = replace(PLAIN, temperature=temperature, top_k=5, top_p=0.9)
+    samples = draw(params, prompt, sampling)
+    logits = trainer_logits(params, prompt, samples.response) / temperature
+    kept = slow_truncate(np.asarray(logits, np.float64), 5, 0.9)
+    for name, distribution in (("logp_t", logits), ("behaviour_logp_t", kept)):
+        expected = pick(jax.nn.log_softmax(jnp.asarray(distribution)), samples.response)
+        got = getattr(samples, name)
+        np.testing.assert_allclose(
+            jnp.where(valid(samples), got, 0), jnp.where(valid(samples), expected, 0), atol=1e-5
+        )
+        assert (jnp.where(valid(samples), 0, got) == 0).all()
+    assert (samples.behaviour_logp_t >= samples.logp_t).all()
+    assert (samples.behaviour_logp_t > samples.logp_t + 1e-3).any()
+
+
+def slow_truncate(logits, top_k, top_p):
+    out = np.full_like(logits, -np.inf)
+    for index in np.ndindex(logits.shape[:-1]):
+        row, mass = logits[index], 0.0
+        order = np.argsort(-row)[: top_k or None]
+        share = np.exp(row[order] - row.max())
+        share /= share.sum()
+        for token, p in zip(order, share, strict=True):
+            if mass >= top_p:
+                break
+            out[index][token] = row[token]
+            mass += p
+    return out
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.6), (5, 0.8), (99, 0.99)])
+def test_truncation_keeps_the_right_tokens(top_k, top_p):
+    logits = np.random.default_rng(1).normal(size=(40, V)) * 2
+    kept = sampler.truncate_logits(jnp.asarray(logits, jnp.float32), top_k, top_p)
+    expected = np.isfinite(slow_truncate(logits, top_k, top_p))
+    np.testing.assert_array_equal(np.asarray(kept) > model.MASKED / 2, expected)
+
+
+def test_tokens_are_drawn_with_their_probability(params, prompt):
+    one = replace(PLAIN, max_response=1, top_p=0.8)
+    samples = draw(params, prompt[:1].repeat(P, 0), one, group_size=4000)
+    drawn = np.bincount(samples.response[0].ravel(), minlength=V) / 4000
+    logp = np.full(V, -np.inf)
+    logp[np.asarray(samples.response[0, :, 0])] = np.asarray(samples.behaviour_logp_t[0, :, 0])
+    expected = np.exp(logp)
+    assert abs(expected.sum() - 1) < 1e-5  # the support is complete and renormalised
+    # 5 standard errors: false alarms are rarer than one in a million.
+    assert (abs(drawn - expected) < 5 * np.sqrt(expected * (1 - expected) / 4000) + 1e-9).all()
+
+
+def test_rows_end_at_any_stop_token_and_only_there(params, prompt):
+    samples = draw(params, prompt)
+    for row, length, truncated in zip(
+        samples.response.reshape(-1, T), samples.length.ravel(), samples.truncated.ravel()
+    ):
+        stops = np.flatnonzero(np.isin(row, PLAIN.stop_ids))
+        assert length == (stops[0] + 1 if len(stops) else T)
+        assert truncated == (len(stops) == 0)
+        assert (row[length:] == PLAIN.pad_id).all()
+    assert {1, 2} <= set(np.asarray(samples.response).ravel().tolist())
+
+
+def test_a_stop_token_that_is_also_the_pad_counts_once(params, prompt):
+    samples = draw(params, prompt, replace(PLAIN, stop_ids=tuple(range(V)), pad_id=1))
+    assert (samples.length == 1).all() and not samples.truncated.any()
+
+
+def test_stops_when_every_row_has_stopped(params, prompt, monkeypatch):
+    steps = []
+    decode = model.decode
+
+    def counted(*args):
+        jax.debug.callback(lambda: steps.append(1))
+        return decode(*args)
+
+    monkeypatch.setattr(model, "decode", counted)
+    sampling = replace(PLAIN, stop_ids=tuple(range(V)), max_response=T + 1)  # a fresh compilation
+    draw(params, prompt, sampling).length.block_until_ready()
+    jax.effects_barrier()
+    assert len(steps) == 1
+
+
+def test_a_prompt_is_prefilled_once_for_its_group(params, prompt, monkeypatch):
+    rows = []
+    prefill = model.prefill
+
+    def seen(params, prompt, *args):
+        rows.append(prompt.shape[0])
+        return prefill(params, prompt, *args)
+
+    monkeypatch.setattr(model, "prefill", seen)
+    draw(params, prompt, replace(PLAIN, max_response=T + 2))
+    assert rows == [P]
+
+
+def test_randomness_follows_the_key(params, prompt):
+    first, again, other = (draw(params, prompt, key=k).response for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (first[:, 0] != first[:, 1]).any()  # the samples of a group differ
