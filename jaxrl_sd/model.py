@@ -49,13 +49,8 @@ class Cache:
 
 def param_shapes(config: ModelConfig) -> dict:
     """Shape of every parameter, in the tree that all functions here take."""
-    c, L, D, F, H = (
-        config,
-        config.num_layers,
-        config.hidden_size,
-        config.intermediate_size,
-        config.head_dim,
-    )
+    c, L, D, H = config, config.num_layers, config.hidden_size, config.head_dim
+    F = c.intermediate_size
     layers = {
         "attn_norm": (L, D),
         "q": (L, D, c.num_heads, H),
@@ -76,39 +71,35 @@ def param_shapes(config: ModelConfig) -> dict:
 
 
 def init_params(key: Array, config: ModelConfig) -> Params:
-    """Random float32 parameters: norms 1, matrices normal with variance 1 / fan-in."""
-    shapes = param_shapes(config)
-    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    paths = [path for path, _ in jax.tree.leaves_with_path(shapes, is_leaf=_is_shape)]
-    keys = jax.random.split(key, len(leaves))
+    """Random float32 parameters: norms 1, embedding std 0.02, matrices variance 1 / fan-in."""
+    inputs = {"o": config.num_heads * config.head_dim, "down": config.intermediate_size}
+    leaves, treedef = jax.tree.flatten_with_path(
+        param_shapes(config), is_leaf=lambda node: isinstance(node, tuple)
+    )
 
-    def draw(path, key, shape):
-        name = path[-1].key
+    def draw(key, name, shape):
         if name.endswith("norm"):
             return jnp.ones(shape)
-        fan_in = {"o": shape[1] * shape[2] if len(shape) == 4 else 0, "embed": 2500}.get(name)
-        fan_in = fan_in or (shape[-1] if name == "head" else shape[1])
-        return jax.random.normal(key, shape) * fan_in**-0.5
+        std = 0.02 if name == "embed" else inputs.get(name, config.hidden_size) ** -0.5
+        return std * jax.random.normal(key, shape)
 
-    return jax.tree.unflatten(treedef, [draw(p, k, s) for p, k, s in zip(paths, keys, leaves)])
-
-
-def _is_shape(node) -> bool:
-    return isinstance(node, tuple)
+    keys = jax.random.split(key, len(leaves))
+    params = [draw(k, path[-1].key, shape) for k, (path, shape) in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, params)
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """x / rms(x) * scale over the last axis, computed in float32."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale).astype(x.dtype)
+    return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
 def rope(x: Array, positions: Array, theta: float) -> Array:
     """Rotates pairs (i, i + H/2) of x [..., heads, H] by positions [...], in float32."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)[..., None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -137,10 +128,11 @@ def _causal(params: Params, tokens: Array, start: Array, config: ModelConfig):
     Returns hidden states [B, N, D] before the final norm, and keys and values [L, B, N, K, H].
     """
     index = jnp.arange(tokens.shape[1])
-    positions = jnp.maximum(index - start[:, None], 0)
-    valid = index >= start[:, None]
+    positions = jnp.maximum(index[None] - start[:, None], 0)
+    valid = index[None] >= start[:, None]
     # A padding query sees itself only: a softmax over nothing would be NaN.
-    mask = (index[:, None] >= index) & (valid[:, None, :] | jnp.eye(len(index), dtype=bool))
+    itself = jnp.eye(len(index), dtype=bool)[None]
+    mask = (index[:, None] >= index[None])[None] & (valid[:, None, :] | itself)
 
     def attend(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), (k, v)
@@ -174,7 +166,7 @@ def logits(params: Params, hidden: Array, config: ModelConfig) -> Array:
     """float32 logits [..., V] of hidden states [..., D]; padding rows of the head are masked."""
     head = params["embed"] if config.tie_embeddings else params["head"]
     out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.arange(config.vocab_size) < config.num_tokens, out, MASKED)
+    return out.at[..., config.num_tokens :].set(MASKED)
 
 
 def prefill(
@@ -189,9 +181,9 @@ def prefill(
     P, S = prompt.shape
     x, (k, v) = _causal(params, prompt, S - prompt_length, config)
     L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    empty = jnp.zeros((L, P, group_size, max_response, K, H), k.dtype)
+    empty = (jnp.zeros((L, P, group_size, max_response, K, H), k.dtype) for _ in "kv")
     last = rms_norm(x[:, -1], params["final_norm"], config.rms_norm_eps)
-    return last, Cache(k, v, empty, empty)
+    return last, Cache(k, v, *empty)
 
 
 def decode(
@@ -200,7 +192,7 @@ def decode(
     """Appends response token number t, i32[P, G]. Returns hidden [P, G, D] and the new cache."""
     S, T = cache.prompt_k.shape[2], cache.response_k.shape[3]
     positions = jnp.broadcast_to((prompt_length + t)[:, None], token.shape)
-    in_prompt = jnp.arange(S) >= (S - prompt_length)[:, None]  # [P, S]
+    in_prompt = jnp.arange(S)[None] >= (S - prompt_length)[:, None]  # [P, S]
     in_prompt = in_prompt[:, None, None, None, :]
     in_response = (jnp.arange(T) <= t)[None, None, None, None, :]
 

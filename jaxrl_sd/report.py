@@ -297,7 +297,7 @@ class Box(NamedTuple):
 
 
 def pick_group(rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last recorded group that has correct and wrong answers, else the last group, else [].
+    """The first recorded group that has correct and wrong answers, else the first group, else [].
 
     A group has one step and prompt. Of more than `MAX_ROLLOUTS`, half come from its correct end and
     half from its wrong end.
@@ -312,7 +312,7 @@ def pick_group(rollouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     if not groups:
         return []
-    group = (mixed or list(groups.values()))[-1]
+    group = (mixed or list(groups.values()))[0]
     order = [True, None, False]
     group = sorted(group, key=lambda rollout: order.index(rollout.get("correct")))
     half = MAX_ROLLOUTS // 2

@@ -244,11 +244,12 @@ def test_an_empty_answer_is_drawn(tmp_path):
     report.draw_credit([rollout([]), rollout([0.1])]).savefig(tmp_path / "credit.png")
 
 
-def test_the_last_mixed_group_is_shown():
-    first = [rollout([1.0], step=1), rollout([2.0], step=1, correct=False)]
-    later = [rollout([3.0], step=2, correct=False), rollout([4.0], step=2, correct=None)]
-    assert report.pick_group(first + later) == first
-    assert {r["advantage"][0] for r in report.pick_group(later)} == {3.0, 4.0}
+def test_the_first_mixed_group_is_shown():
+    uniform = [rollout([3.0], step=1, correct=False), rollout([4.0], step=1, correct=None)]
+    mixed = [rollout([1.0], step=2), rollout([2.0], step=2, correct=False)]
+    later = [rollout([5.0], step=3), rollout([6.0], step=3, correct=False)]
+    assert report.pick_group(uniform + mixed + later) == mixed
+    assert {r["advantage"][0] for r in report.pick_group(uniform)} == {3.0, 4.0}
     assert report.pick_group([]) == []
 
 

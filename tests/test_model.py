@@ -1,0 +1,219 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_sd import model
+
+CONFIG = model.ModelConfig(
+    vocab_size=32,
+    num_tokens=29,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=False,
+)
+# Qwen3's published sizes.
+QWEN3_8B = model.ModelConfig(
+    vocab_size=151936,
+    num_tokens=151669,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    tie_embeddings=False,
+)
+QWEN3_06B = dataclasses.replace(
+    QWEN3_8B,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=28,
+    num_heads=16,
+    tie_embeddings=True,
+)
+
+P, G, S, T, PAD = 3, 2, 5, 4, 28
+LENGTH = np.array([2, 5, 3], np.int32)
+
+
+def left_pad(rows, S, pad=PAD):
+    return np.array([[pad] * (S - len(row)) + list(row) for row in rows], np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+
+    def draw(shape):
+        scale = 0.4 if len(shape) > 2 else 1.0
+        return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+
+    return jax.tree.map(draw, model.param_shapes(CONFIG), is_leaf=lambda x: isinstance(x, tuple))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Prompts of LENGTH tokens (no padding id among them) and a group of responses for each."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(PAD, size=n) for n in LENGTH]
+    return prompts, rng.integers(PAD, size=(P, G, T), dtype=np.int32)
+
+
+response_hidden = jax.jit(model.response_hidden, static_argnames="config")
+prefill = jax.jit(model.prefill, static_argnums=(3, 4, 5))
+decode = jax.jit(model.decode, static_argnames="config")
+
+
+def flat_hidden(params, rows, config=CONFIG, S=S, pad=PAD):
+    prompts, responses = rows
+    prompt = np.repeat(left_pad(prompts, S, pad), G, axis=0)
+    length, response = np.repeat(LENGTH, G), responses.reshape(P * G, T)
+    return response_hidden(params, prompt, length, response, config=config)
+
+
+def test_prefill_and_decode_equal_the_whole_sequence(params, rows):
+    prompts, responses = rows
+    want = flat_hidden(params, rows).reshape(P, G, T, -1)
+    last, cache = prefill(params, left_pad(prompts, S), LENGTH, G, T, CONFIG)
+    got = [jnp.broadcast_to(last[:, None], (P, G, CONFIG.hidden_size))]
+    for t in range(T - 1):
+        hidden, cache = decode(
+            params, responses[:, :, t], jnp.int32(t), LENGTH, cache, config=CONFIG
+        )
+        got.append(hidden)
+    np.testing.assert_allclose(jnp.stack(got, axis=2), want, rtol=0, atol=1e-5)
+    assert jnp.abs(want[:, 0, 1:] - want[:, 1, 1:]).max() > 0.1  # the group's rows do differ
+
+
+def test_decode_sees_its_past_and_not_what_the_cache_held_before(params, rows):
+    """A cache that is filled again, from t = 0, gives what a fresh one gives."""
+    prompts, responses = rows
+    _, cache = prefill(params, left_pad(prompts, S), LENGTH, G, T, CONFIG)
+    fresh, _ = decode(params, responses[:, :, 0], jnp.int32(0), LENGTH, cache, config=CONFIG)
+    used = cache.replace(response_k=cache.response_k + 5, response_v=cache.response_v + 5)
+    again, _ = decode(params, responses[:, :, 0], jnp.int32(0), LENGTH, used, config=CONFIG)
+    np.testing.assert_array_equal(again, fresh)
+
+
+@pytest.fixture(scope="module")
+def jacobian(params):
+    """Of one number per hidden state of the left-padded row 1 2 3 | 4 5 6 7: [T, *parameter]."""
+    prompt, response = left_pad([[1, 2, 3]], S), np.array([[4, 5, 6, 7]], np.int32)
+    direction = jnp.asarray(np.random.default_rng(2).standard_normal(CONFIG.hidden_size))
+
+    def outputs(params):
+        length = np.array([3], np.int32)
+        return model.response_hidden(params, prompt, length, response, CONFIG)[0] @ direction
+
+    return jax.jit(jax.jacrev(outputs))(params)
+
+
+def test_hidden_depends_on_what_precedes_and_on_nothing_else(jacobian):
+    """Every position has its own id, so a position's influence is its embedding's gradient."""
+    influence = jnp.abs(jacobian["embed"]).max(axis=-1)
+    for t in range(T):
+        seen = np.r_[1 : 4 + t]
+        assert influence[t, seen].min() > 1e-3
+        unseen = np.setdiff1d(np.arange(CONFIG.vocab_size), seen)  # PAD is among them
+        np.testing.assert_array_equal(influence[t, unseen], 0)
+
+
+def test_gradients_are_finite_with_padding(jacobian):
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(jacobian))
+
+
+def test_a_row_does_not_depend_on_its_padding(params, rows):
+    want = flat_hidden(params, rows)
+    np.testing.assert_array_equal(flat_hidden(params, rows, pad=0), want)
+    np.testing.assert_allclose(flat_hidden(params, rows, S=S + 6), want, rtol=0, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_batch_mates(params, rows):
+    prompts, responses = rows
+    want = flat_hidden(params, rows).reshape(P, G, T, -1)
+    prompt = left_pad(prompts, S)
+    for p in range(P):
+        row = slice(p, p + 1)
+        alone = response_hidden(params, prompt[row], LENGTH[row], responses[row, 0], config=CONFIG)
+        np.testing.assert_allclose(alone[0], want[p, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_of_the_vocabulary_gets_no_probability(params, rows, tied):
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    hidden = flat_hidden(params, rows)
+    logits = model.logits(params, hidden, config)
+    share = jax.nn.softmax(logits)
+    np.testing.assert_array_equal(share[..., CONFIG.num_tokens :], 0)
+    head = params["embed"] if tied else params["head"]
+    want = jax.nn.softmax(hidden @ head[: CONFIG.num_tokens].T)
+    np.testing.assert_allclose(share[..., : CONFIG.num_tokens], want, rtol=1e-4, atol=1e-7)
+
+
+def test_logits_are_float32_sums_of_bfloat16_products():
+    """1 + 2^-8 has no bfloat16: it survives only if the product is accumulated in float32."""
+    config = dataclasses.replace(CONFIG, hidden_size=2)
+    params = {"head": jnp.ones((config.vocab_size, 2), jnp.bfloat16)}
+    logits = model.logits(params, jnp.array([1, 2**-8], jnp.bfloat16), config)
+    assert logits.dtype == jnp.float32
+    assert logits[0] == 1 + 2**-8
+
+
+def test_rope_theta_matters(params, rows):
+    other = dataclasses.replace(CONFIG, rope_theta=1e6)
+    difference = jnp.abs(flat_hidden(params, rows) - flat_hidden(params, rows, other))
+    assert difference.max() > 0.1
+
+
+def test_rope_equals_float64():
+    """At the longest context of Qwen3, float32 angles keep about 3 digits."""
+    theta, H, positions = 1e6, 128, np.array([0, 1, 17, 4095, 40959])
+    x = np.random.default_rng(0).standard_normal((len(positions), 1, H))
+    angle = positions[:, None, None] * theta ** (-np.arange(H // 2) * 2 / H)
+    rotated = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * angle)
+    want = np.concatenate([rotated.real, rotated.imag], axis=-1)
+    got = model.rope(jnp.asarray(x, jnp.float32), jnp.asarray(positions), theta)
+    np.testing.assert_allclose(got[:3], want[:3], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-2)
+
+
+def test_rms_norm_by_hand():
+    got = model.rms_norm(jnp.array([3.0, 4.0]), jnp.array([1.0, 10.0]), eps=1.5)
+    np.testing.assert_allclose(got, [3 / 14**0.5, 40 / 14**0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config, count", [(QWEN3_8B, 8_190_735_360), (QWEN3_06B, 596_049_920)], ids=["8B", "0.6B"]
+)
+def test_parameter_counts_of_published_sizes(config, count):
+    shapes = jax.eval_shape(partial(model.init_params, config=config), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == count
+    assert jax.tree.map(lambda x: x.shape, shapes) == model.param_shapes(config)
+
+
+def test_random_init_has_the_stated_scales():
+    heads = dict(num_heads=8, num_kv_heads=8, head_dim=12)
+    config = dataclasses.replace(
+        CONFIG, vocab_size=500, hidden_size=64, intermediate_size=96, **heads
+    )
+    params = model.init_params(jax.random.key(0), config)
+    fan_in = {"q": 64, "k": 64, "v": 64, "o": 96, "gate": 64, "up": 64, "down": 96}
+    for name, inputs in fan_in.items():
+        np.testing.assert_allclose(params["layers"][name].std(), inputs**-0.5, rtol=0.05)
+    np.testing.assert_allclose(params["head"].std(), 64**-0.5, rtol=0.05)
+    np.testing.assert_allclose(params["embed"].std(), 0.02, rtol=0.05)
+    norms = [params["layers"][f"{name}_norm"] for name in ("attn", "mlp", "q", "k")]
+    assert all((norm == 1).all() for norm in [*norms, params["final_norm"]])
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
