@@ -39,6 +39,7 @@ def default() -> ConfigDict:
     config.data.test = "countdown"
     config.data.num_train = 4096  # problems; 0 is all of a file
     config.data.num_test = 256
+    config.data.suffix = ""  # ends every prompt, for instance with the form of the answer
     config.templates = ConfigDict(countdown.TEMPLATES)  # what hints look like in words
 
     config.rollout = ConfigDict()

@@ -1,5 +1,6 @@
 """Problems, and the order in which training sees them."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ ANSWER_COLUMNS = ("answer", "ground_truth")
 SOLUTION_COLUMNS = ("solution",)
 
 
-def load(source: str, split: str, count: int, seed: int) -> list[Problem]:
+def load(source: str, split: str, count: int, seed: int, suffix: str = "") -> list[Problem]:
     """The problems of a split.
 
     Args:
@@ -23,14 +24,17 @@ def load(source: str, split: str, count: int, seed: int) -> list[Problem]:
       split: "train" or "test"; the built-in task's splits share no class of problems.
       count: how many to generate (built-in task), or to read at most (file; 0 reads all).
       seed: of the generator; files ignore it.
+      suffix: text that ends every prompt.
 
     Raises:
       InputError: see `read_jsonl`.
     """
     if source == "countdown":
-        return countdown.problems(split, count, seed)
-    problems = read_jsonl(Path(source))
-    return problems[:count] if count else problems
+        problems = countdown.problems(split, count, seed)
+    else:
+        problems = read_jsonl(Path(source))
+        problems = problems[:count] if count else problems
+    return [dataclasses.replace(p, prompt=p.prompt + suffix) for p in problems]
 
 
 def read_jsonl(path: Path) -> list[Problem]:

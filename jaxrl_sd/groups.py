@@ -20,7 +20,8 @@ def by_group(x: Array, group_size: int) -> Array:
 
 def num_correct(correct: Array, graded: Array, group_size: int) -> Array:
     """For each row [B], the number of correct rows in its group."""
-    return _spread(by_group(correct * graded, group_size).sum(axis=1), group_size)
+    correct = jnp.where(graded != 0, correct, 0.0)
+    return _spread(by_group(correct, group_size).sum(axis=1), group_size)
 
 
 def num_graded(graded: Array, group_size: int) -> Array:

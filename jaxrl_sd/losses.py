@@ -44,8 +44,9 @@ def _clipped(rho, adv_t, clip_low, clip_high, dual_clip=None):
 
 def sequence_ratio(logp_t: Array, old_logp_t: Array, mask_t: Array) -> Array:
     """Geometric mean of the token ratios, f32[B, 1] from f32[B, T]. GSPO (2507.18071) Eq. 7."""
-    mean = (_log_ratio(logp_t, old_logp_t) * mask_t).sum(axis=-1, keepdims=True)
-    return jnp.exp(mean / jnp.maximum(mask_t.sum(axis=-1, keepdims=True), 1))
+    log_ratio = jnp.where(mask_t != 0, _log_ratio(logp_t, old_logp_t), 0.0)
+    length = mask_t.sum(axis=-1, keepdims=True)
+    return jnp.exp(log_ratio.sum(axis=-1, keepdims=True) / jnp.maximum(length, 1))
 
 
 def gspo(

@@ -15,7 +15,6 @@ from jaxrl_sd.methods.base import Request
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.types import Array, Batch, Params
 
-
 STUDENT = ""  # its key beside those of the teachers
 
 

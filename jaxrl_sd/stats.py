@@ -30,8 +30,11 @@ def _log_softmax(logits: Array) -> Array:
 def _pick(logits: Array, token: Array) -> Array:
     """Log-probability of `token` [...] under `logits` [..., V]."""
     logits = logits.astype(jnp.float32)
-    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)
+    # Shifted before the subtraction, so that rounding is that of small numbers: a gap is a
+    # difference of two such values.
+    return (chosen - top)[..., 0] - jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1))
 
 
 def log_prob(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
@@ -77,6 +80,22 @@ def forward_kl(student_logits: Array, teacher_logits: Array, token: Array) -> Ar
 
 
 def _kl(log_a: Array, log_b: Array) -> Array:
+    """kl(a||b) of two distributions as sum_v (a (log a - log b) - a + b).
+
+    The last two terms sum to 0. With them every entry is flat where a = b, so that the rounding of
+    a normaliser does not count; without, a nearly equal pair keeps no correct digit in float32,
+    nor does the gradient where one token has almost all mass.
+    """
+    gap = log_a - log_b
+    near = jnp.abs(gap) < 1
+    a = jnp.exp(log_a)
+    b_minus_a_near = a * jnp.expm1(-jnp.where(near, gap, 0.0))  # overflows far from 0
+    b_minus_a = jnp.where(near, b_minus_a_near, jnp.exp(log_b) - a)
+    return jnp.sum(a * gap + b_minus_a, axis=-1)
+
+
+def _partial_kl(log_a: Array, log_b: Array) -> Array:
+    """sum_v a (log a - log b), whatever a and b sum to."""
     return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
 
 
@@ -90,7 +109,8 @@ def clipped_forward_kl(cap: float) -> TokenStat:
     def clipped(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
         del token
         log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
-        return jnp.sum(jnp.minimum(jnp.exp(log_p) * (log_p - log_q), cap), axis=-1)
+        excess = jnp.maximum(jnp.exp(log_p) * (log_p - log_q) - cap, 0.0)
+        return _kl(log_p, log_q) - jnp.sum(excess, axis=-1)
 
     return clipped
 
@@ -160,12 +180,12 @@ _REST = {
 
 def reverse_kl_of_log_probs(log_q: Array, log_p: Array) -> Array:
     """kl(student||teacher) from log-probabilities; for `on_top_k`."""
-    return _kl(log_q, log_p)
+    return _partial_kl(log_q, log_p)
 
 
 def forward_kl_of_log_probs(log_q: Array, log_p: Array) -> Array:
     """kl(teacher||student) from log-probabilities; for `on_top_k`."""
-    return _kl(log_p, log_q)
+    return _partial_kl(log_p, log_q)
 
 
 def jsd_of_log_probs(beta: float) -> Callable[[Array, Array], Array]:

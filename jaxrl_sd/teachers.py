@@ -43,9 +43,7 @@ def current() -> Source:
 
 def frozen() -> Source:
     """The initial policy (OPSD, and every reference policy)."""
-    return Source(
-        "frozen", _copy, lambda state, params, step: state, lambda state, params: state
-    )
+    return Source("frozen", _copy, lambda state, params, step: state, lambda state, params: state)
 
 
 def synced(every: int) -> Source:

@@ -125,10 +125,10 @@ def train(config: ConfigDict) -> dict[str, Any]:
                 batch = run.steps.score(state, batch)
                 batch, credit_metrics = jax.block_until_ready(run.steps.credit(batch, step))
             row = verdict_metrics | hint_metrics
-            if is_due(config, step + 1):
+            if step == 0 or is_due(config, step + 1):
                 with clock("log"):
                     gaps = jax.device_get(run.gaps(state, batch))
-                    log_group(run, batch, gaps, problems, groups, step)
+                    log_group(run, batch, gaps, problems, groups, step + 1)
                     row |= diagnostics.gap_sizes(batch, gaps)
             with clock("update"):
                 state, update_metrics = jax.block_until_ready(run.steps.update(state, batch))
@@ -171,7 +171,13 @@ def prepare(config: ConfigDict) -> Run:
         )
     model = replace(model, num_tokens=len(tokenizer))
     train, held_out = (
-        data.load(config.data[split], split, config.data[f"num_{split}"], config.seed)
+        data.load(
+            config.data[split],
+            split,
+            config.data[f"num_{split}"],
+            config.seed,
+            config.data.suffix,
+        )
         for split in ("train", "test")
     )
     templates = configuration.templates(config)
@@ -314,7 +320,7 @@ def evaluation_file(folder: Path, step: int) -> Path:
 
 
 def log_group(run: Run, batch: Batch, gaps, problems, groups, step: int) -> None:
-    """Writes one group, mixed if there is one, with the credit and the gap of every token."""
+    """Writes one group of update `step`, mixed if there is one, with every token's credit and gap."""
     mixed = [len({s.correct for s in group}) > 1 for group in groups]
     p = int(np.argmax(mixed))
     credit, reward = jax.device_get((batch.credit, batch.rollouts.reward))

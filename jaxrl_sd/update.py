@@ -1,4 +1,4 @@
-"""The device side of a step: score, credit, update, teacher refresh. Each is one jitted function."""
+"""The device side of a step: score, credit, update with teacher refresh, each one jitted."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -125,7 +125,7 @@ def make_steps(
         return _apply(state, gradient, metrics)
 
     def _apply(state, gradient, metrics):
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

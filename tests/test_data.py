@@ -58,3 +58,9 @@ def test_every_pass_sees_every_problem_in_another_order():
         order[i].id for i in range(70, 90)
     ]
     assert passes[0] != [data.shuffled(problems, seed=2)[i].id for i in range(50)]
+
+
+def test_the_suffix_ends_every_prompt(tmp_path):
+    path = write(tmp_path, {"prompt": "1+1?", "answer": 2}, {"prompt": "2+2?", "answer": 4})
+    problems = data.load(str(path), "train", 1, 0, suffix=" Box it.")
+    assert [p.prompt for p in problems] == ["1+1? Box it."]

@@ -11,7 +11,7 @@ A lagged copy of the policy, shown no answer, keeps or flips the sign of each to
 
 With both flips and the default bounds the sign of A_t is the sign of g whatever the verifier said
 (for g != 0, A_t(B, g) = A_t(-B, g)): the verdict enters through |B| and through tokens with g = 0
-exactly. Watch `gap_negative`, `gap_zero` and `gap_positive`. The paper does not say so; a test does.
+exactly. Watch `gap_negative`, `gap_zero` and `gap_positive`. The paper does not say so.
 
 Deviations from the paper:
   - Unstated there and chosen here: mean over all trained tokens; standard deviation with n - 1 and
@@ -38,7 +38,7 @@ Bounds = tuple[float, float]
 
 
 def base_advantage(batch, uniform: float | Array = 1.0) -> Array:
-    """B f32[B]: A in mixed groups, +uniform in all-correct and -uniform in all-wrong. CAST Eq. 6."""
+    """B f32[B]: A in mixed groups, +-uniform in all-correct and all-wrong ones. CAST Eq. 6."""
     r = batch.rollouts
     correct = groups.num_correct(r.correct, r.graded, r.group_size)
     graded = groups.num_graded(r.graded, r.group_size)

@@ -5,7 +5,7 @@ the verifier alone says in which direction.
 
     Delta_t = sg[log P_T(y_t) - log P_S(y_t)]                                     Eq. 13
     w_t     = exp(sign(A) Delta_t)                                                Eq. 14
-    A_t     = A ((1 - lam) + lam clip(w_t, 1 - eps_w, 1 + eps_w))                 Eq. 15, Alg. 1 l. 17
+    A_t     = A ((1 - lam) + lam clip(w_t, 1 - eps_w, 1 + eps_w))        Eq. 15, Alg. 1 line 17
     loss    = - mean over tokens of min(rho A_t, clip(rho, 1 - eps_low, 1 + eps_high) A_t)
 
 Deviations from the paper:

@@ -52,8 +52,8 @@ def reference_trajectory() -> Context:
 
 
 def saturating_weight(D_t: Array, active_t: Array, quantile: float, c_min: float):
-    """f = D / (D + c) f32[B, T] and c = max(quantile of D where active, c_min)."""
-    D_t = jnp.maximum(D_t, 0.0)  # rounding can leave -1e-8
+    """f = D / (D + c) f32[B, T], 0 where inactive, and c = max(quantile of active D, c_min)."""
+    D_t = jnp.where(active_t != 0, jnp.maximum(D_t, 0.0), 0.0)  # rounding can leave -1e-8
     c = jnp.maximum(stats.masked_quantile(D_t, active_t, quantile), c_min)
     return D_t / (D_t + c), c
 

@@ -65,12 +65,12 @@ def sdpg(
         raise ValueError(f"anchor: expected one of {sorted(ANCHORS)}, got {anchor!r}")
 
     def credit(batch, step):
-        mask_t = batch.rollouts.mask_t
+        mask_t, shown = batch.rollouts.mask_t, batch.hints["teacher"].shown[:, None]
         A = advantage(batch)[:, None]
         beta_k = beta_schedule(step, beta, warmup, decay, total_steps)
         open_gate = (A > 0) if gate else jnp.ones_like(A)
         metrics = {"beta": beta_k, "gate_open": open_gate.mean()}
-        return Credit(A * mask_t, beta_k * open_gate * mask_t), metrics
+        return Credit(A * mask_t, beta_k * open_gate * shown * mask_t), metrics
 
     def loss(token_stats, batch, step):
         distilled_t, metrics = distillation(token_stats, batch, step)
