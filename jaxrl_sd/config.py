@@ -29,7 +29,7 @@ def default() -> ConfigDict:
     """The main job: RLSD on countdown with the tiny model that ships with the package."""
     config = ConfigDict()
     config.seed = 0
-    config.steps = 80  # updates
+    config.steps = 60  # updates
     config.output_dir = "runs/tiny"
     config.method = ConfigDict({"name": "rlsd"})
     config.model = ConfigDict({"path": TINY_MODEL})  # a folder in Hugging Face format
@@ -45,15 +45,15 @@ def default() -> ConfigDict:
     config.rollout = ConfigDict()
     config.rollout.prompts = 32  # P, prompts a step
     config.rollout.group_size = 8  # G, samples a prompt
-    config.rollout.max_prompt = 16  # S, tokens of the student's prompt
-    config.rollout.max_hint_prompt = 64  # S', tokens of a teacher's prompt
-    config.rollout.max_response = 32  # T, tokens
+    config.rollout.max_prompt = 12  # S, tokens of the student's prompt
+    config.rollout.max_hint_prompt = 48  # S', tokens of a teacher's prompt
+    config.rollout.max_response = 24  # T, tokens
     config.rollout.temperature = 1.0
     config.rollout.top_k = 0  # 0: the whole vocabulary
     config.rollout.top_p = 1.0
 
     config.optimizer = ConfigDict()  # AdamW
-    config.optimizer.learning_rate = 7e-4
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.warmup_steps = 5
     config.optimizer.schedule = "constant"  # after the warm-up: constant, linear or cosine
     config.optimizer.final_scale = 0.1  # of the learning rate, where linear and cosine end

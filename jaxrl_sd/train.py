@@ -320,7 +320,7 @@ def evaluation_file(folder: Path, step: int) -> Path:
 
 
 def log_group(run: Run, batch: Batch, gaps, problems, groups, step: int) -> None:
-    """Writes one group of update `step`, mixed if there is one, with every token's credit and gap."""
+    """Writes a group of update `step`, mixed if there is one, with each token's credit and gap."""
     mixed = [len({s.correct for s in group}) > 1 for group in groups]
     p = int(np.argmax(mixed))
     credit, reward = jax.device_get((batch.credit, batch.rollouts.reward))

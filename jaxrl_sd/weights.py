@@ -291,4 +291,5 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
     """Nobody reads half a file: it is written under another name, then renamed."""
     partial = file.with_name(file.name + ".tmp")
     write(partial)
+    partial.chmod(0o644)  # safetensors makes files that only their owner may read
     partial.replace(file)

@@ -83,7 +83,7 @@ def problems(tmp_path):
 
 def test_a_prompt_over_the_limit_is_named(config, problems):
     config.data.train = problems({"prompt": "1 2 3 " * 30, "answer": "6"})
-    with pytest.raises(InputError, match=r"prompt: \d+ tokens, expected at most 16.*'1 2 3"):
+    with pytest.raises(InputError, match=r"prompt: \d+ tokens, expected at most 12.*'1 2 3"):
         prepare(config)
 
 
@@ -97,7 +97,7 @@ def test_a_problem_without_what_the_method_shows_is_named(config, problems):
 def test_an_unknown_verifier_is_named(config, problems):
     row = {"prompt": "1 2 : 3", "answer": "1 + 2", "verifier": "oracle"}
     config.data.train = problems(row)
-    with pytest.raises(InputError, match="verifier.*oracle"):
+    with pytest.raises(InputError, match=r"verifier.*oracle"):
         prepare(config)
 
 

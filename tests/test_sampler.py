@@ -119,7 +119,10 @@ def test_tokens_are_drawn_with_their_probability(params, prompt):
 def test_rows_end_at_any_stop_token_and_only_there(params, prompt):
     samples = draw(params, prompt)
     for row, length, truncated in zip(
-        samples.response.reshape(-1, T), samples.length.ravel(), samples.truncated.ravel()
+        samples.response.reshape(-1, T),
+        samples.length.ravel(),
+        samples.truncated.ravel(),
+        strict=True,
     ):
         stops = np.flatnonzero(np.isin(row, PLAIN.stop_ids))
         assert length == (stops[0] + 1 if len(stops) else T)

@@ -5,34 +5,19 @@ import math
 import signal
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_run import MOMENTS, small_config
 
 from jaxrl_sd import config as configuration
-from jaxrl_sd import metrics, model, tokens, weights
+from jaxrl_sd import metrics, tokens, weights
 from jaxrl_sd.methods import METHODS
 from jaxrl_sd.train import train
 from jaxrl_sd.types import InputError
-
-
-def small_config(folder, **settings):
-    """The shipped model, a few short steps."""
-    config = configuration.default()
-    config.output_dir = str(folder)
-    config.steps = 4
-    config.data.num_train, config.data.num_test = 64, 8
-    config.rollout.prompts, config.rollout.group_size = 4, 4
-    config.evaluation.every, config.evaluation.samples = 2, 2
-    config.checkpoint.every = 2
-    config.verifier.workers = 1
-    for field, value in settings.items():
-        group, key = field.split("__")
-        config[group][key] = value
-    return config
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -52,7 +37,7 @@ def test_every_method_trains_through_the_entry_point(tmp_path, name):
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), trained, initial)))
     written = {path.name for path in tmp_path.iterdir()}
     assert {"report.md", "curves.png", "credit.png", "summary.json", "metrics.jsonl"} <= written
-    record = json.loads((tmp_path / "rollouts" / "000001.jsonl").read_text().splitlines()[0])
+    record = json.loads((tmp_path / "rollouts" / "000002.jsonl").read_text().splitlines()[0])
     assert len(record["response_tokens"]) == len(record["advantage"])
 
 
@@ -98,66 +83,22 @@ def test_the_exported_model_is_the_trained_one(tmp_path):
         assert out[:m] == ids[:m].tolist()
 
 
-# Runs the job in a process of its own, which kills itself at the given moment.
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_train import small_config
-from jaxrl_sd import checkpoint, rollout, train
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def counted(function, calls, after=lambda: None):
-    left = [calls]
-    def wrapped(*args, **kwargs):
-        left[0] -= 1
-        if left[0] == 0 and after is die_before:
-            die()
-        out = function(*args, **kwargs)
-        if left[0] == 0:
-            after()
-        return out
-    return wrapped
-
-def die_before():
-    pass
-
-config = small_config({folder!r})
-config.steps = 6
-{moment}
-train.train(config)
-"""
-MOMENTS = {
-    # While the samples of the second step are graded; nothing is saved yet.
-    "verify": "rollout.verify = counted(rollout.verify, 6, die_before)",
-    # Orbax has begun to write, in the background, the checkpoint of step 2.
-    "save": "checkpoint.save = counted(checkpoint.save, 1, die)",
-    # After the update of step 5, which no checkpoint holds.
-    "update": "train.diagnostics.describe = counted(train.diagnostics.describe, 3, die)",
-}
-
-
-def run_child(folder, moment):
-    code = CHILD.format(
-        tests=str(__import__("pathlib").Path(__file__).parent), folder=str(folder), moment=moment
-    )
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
-    )
+def run_in_a_process(folder, moment):
+    program = Path(__file__).with_name("small_run.py")
+    command = [sys.executable, program, folder, moment]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
-    assert run_child(tmp_path / "whole", "").returncode == 0
-    for name, moment in MOMENTS.items():
-        done = run_child(tmp_path / "killed", moment)
-        assert done.returncode == -signal.SIGKILL, (name, done.stderr[-2000:])
-    assert run_child(tmp_path / "killed", "").returncode == 0
-    whole, killed = (
-        load_file(tmp_path / f / "model/model.safetensors") for f in ("whole", "killed")
-    )
-    for name in whole:
-        np.testing.assert_array_equal(whole[name], killed[name])
-    rows = [(tmp_path / folder / metrics.FILE).read_text() for folder in ("whole", "killed")]
-    assert rows[0] == rows[1]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_in_a_process(whole, "never").returncode == 0
+    for moment in MOMENTS:
+        done = run_in_a_process(killed, moment)
+        assert done.returncode == -signal.SIGKILL, (moment, done.stderr[-2000:])
+    done = run_in_a_process(killed, "never")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, value in load_file(whole / "model/model.safetensors").items():
+        again = load_file(killed / "model/model.safetensors")[name]
+        np.testing.assert_array_equal(value, again)
+    for file in (metrics.FILE, "evaluations/000006.json", "rollouts/000006.jsonl"):
+        assert (whole / file).read_text() == (killed / file).read_text()
