@@ -39,6 +39,7 @@ def default() -> ConfigDict:
     config.data.test = "countdown"
     config.data.num_train = 4096  # problems; 0 is all of a file
     config.data.num_test = 256
+    config.data.seed = 0  # of generated problems; `seed` only orders them
     config.data.suffix = ""  # ends every prompt, for instance with the form of the answer
     config.templates = ConfigDict(countdown.TEMPLATES)  # what hints look like in words
 
@@ -175,7 +176,7 @@ def _check_ranges(config: ConfigDict) -> None:
     )
     for field in at_least_1:
         _expect(config, field, lambda x: x >= 1, "at least 1")
-    for field in ("seed", "data.num_train", "data.num_test", "rollout.top_k"):
+    for field in ("seed", "data.seed", "data.num_train", "data.num_test", "rollout.top_k"):
         _expect(config, field, lambda x: x >= 0, "at least 0")
     for field in ("optimizer.learning_rate", "optimizer.clip_norm", "verifier.timeout_s"):
         _expect(config, field, lambda x: x > 0, "more than 0")

@@ -144,7 +144,8 @@ def on_top_k(divergence: Callable[[Array, Array], Array], k: int, of: str, rest:
     """A divergence on the k likeliest tokens only. SDPO Eq. 11 is of="student", rest="tail".
 
     Args:
-      divergence: (log_q [..., K], log_p [..., K]) -> [...], for instance `kl_of_log_probs`.
+      divergence: (log_q [..., K], log_p [..., K]) -> [...], for instance
+        `reverse_kl_of_log_probs`.
       k: size of the support.
       of: whose k likeliest tokens, "student" or "teacher".
       rest: "tail" adds one class with the remaining mass of each; "renormalize" divides both by

@@ -175,7 +175,7 @@ def prepare(config: ConfigDict) -> Run:
             config.data[split],
             split,
             config.data[f"num_{split}"],
-            config.seed,
+            config.data.seed,
             config.data.suffix,
         )
         for split in ("train", "test")
@@ -238,7 +238,13 @@ def start_or_resume(run: Run, checkpoints) -> tuple[State, int]:
     state = init_state(run.params, optimizer, run.method.teachers, run.config.seed)
     state = jax.device_put(state, sharding.of_state(state, run.mesh))
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
-    return restored or (state, 0)
+    state, position = restored or (state, 0)
+    if state.step > run.config.steps:
+        raise InputError(
+            f"steps: expected at least the {state.step} that the run in {run.folder} has, "
+            f"got {run.config.steps}"
+        )
+    return state, position
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:

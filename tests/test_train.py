@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -45,7 +46,10 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     config = small_config(tmp_path)
     config.steps = 2
     train(config)
-    config.optimizer.learning_rate = 1e-5
+    config.steps = 1
+    with pytest.raises(InputError, match="steps: expected at least the 2"):
+        train(config)
+    config.steps, config.optimizer.learning_rate = 2, 1e-5
     with pytest.raises(InputError, match=r"optimizer.learning_rate = 0.0\d+, got 1e-05"):
         train(config)
 
@@ -85,8 +89,15 @@ def test_the_exported_model_is_the_trained_one(tmp_path):
 
 def run_in_a_process(folder, moment):
     program = Path(__file__).with_name("small_run.py")
-    command = [sys.executable, program, folder, moment]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # The processes share what they compile; the run does not depend on it.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache")}
+    return subprocess.run(
+        [sys.executable, program, folder, moment],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"},
+    )
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):

@@ -1,0 +1,340 @@
+"""The papers' algorithm boxes as slow float64 loops over rows and tokens.
+
+Written from the papers' equations. Nothing here comes from the package, and the methods share no
+more than the papers themselves do (GRPO's advantage and surrogate, softmax, KL), so that a mistake
+in the package has no way in. Every oracle maps a `Case` to the loss as a function of
+`case.student`, whose gradient finite differences then give, and to the credit of every token.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Case(NamedTuple):
+    """One tiny batch. Rows are group-major, B = P * group_size."""
+
+    student: np.ndarray  # f64[B, T, V] logits that are trained
+    old: np.ndarray  # f64[B, T, V] logits at the start of the step
+    teacher: np.ndarray  # f64[B, T, V] logits of the teacher that is shown something
+    reference: np.ndarray  # f64[B, T, V] logits of the initial policy
+    token: np.ndarray  # i[B, T]
+    mask: np.ndarray  # bool[B, T]
+    correct: np.ndarray  # bool[B]
+    graded: np.ndarray  # bool[B]
+    shown: np.ndarray  # bool[B], False: the teacher is silent
+    source: np.ndarray  # i[B], the row whose response the teacher is shown, -1 none
+    group_size: int
+    step: int = 0  # finished updates
+
+
+class Result(NamedTuple):
+    loss_t: np.ndarray  # f64[B, T], its sum is the loss; entry t depends on the student at t only
+    adv: np.ndarray  # f64[B, T], what multiplies the policy gradient
+    distill: np.ndarray  # f64[B, T], what multiplies the divergence to the teacher
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    z = z - z.max()
+    return z - np.log(np.exp(z).sum())
+
+
+def kl(z_a: np.ndarray, z_b: np.ndarray) -> float:
+    """kl(softmax(z_a) || softmax(z_b))."""
+    a, b = log_softmax(z_a), log_softmax(z_b)
+    return float((np.exp(a) * (a - b)).sum())
+
+
+def logp(logits: np.ndarray, case: Case, i: int, t: int) -> float:
+    return log_softmax(logits[i, t])[case.token[i, t]]
+
+
+def group(case: Case, i: int) -> list[int]:
+    """The graded rows of row i's group."""
+    first = i - i % case.group_size
+    return [j for j in range(first, first + case.group_size) if case.graded[j]]
+
+
+def num_correct(case: Case, i: int) -> int:
+    return sum(bool(case.correct[j]) for j in group(case, i))
+
+
+def tokens(case: Case) -> list[tuple[int, int]]:
+    return [(i, t) for i in range(len(case.mask)) for t in np.flatnonzero(case.mask[i])]
+
+
+def z_score(values: dict[int, float], i: int) -> float:
+    """(x_i - mean) / (std + 1e-6), std with n - 1; 0 for a row without a value or equal values."""
+    if i not in values or len(set(values.values())) == 1:
+        return 0.0
+    x = np.array(list(values.values()))
+    return (values[i] - x.mean()) / (x.std(ddof=1) + 1e-6)
+
+
+def group_advantage(case: Case, i: int) -> float:
+    return z_score({j: float(case.correct[j]) for j in group(case, i)}, i)
+
+
+def surrogate(case: Case, i: int, t: int, A: float, low: float, high: float) -> float:
+    rho = np.exp(logp(case.student, case, i, t) - logp(case.old, case, i, t))
+    return -min(rho * A, min(max(rho, 1 - low), 1 + high) * A)
+
+
+def mean_of_rows(case: Case, loss: np.ndarray) -> np.ndarray:
+    """Terms of the mean over rows of the mean over each row's tokens."""
+    length = case.mask.sum(axis=1)
+    rows = (length > 0).sum()
+    terms = empty(case)
+    for i, t in tokens(case):
+        terms[i, t] = loss[i, t] / length[i] / rows
+    return terms
+
+
+def mean_of_tokens(case: Case, loss: np.ndarray) -> np.ndarray:
+    """Terms of the mean over all tokens."""
+    terms = empty(case)
+    for i, t in tokens(case):
+        terms[i, t] = loss[i, t] / case.mask.sum()
+    return terms
+
+
+def empty(case: Case) -> np.ndarray:
+    return np.zeros(case.mask.shape)
+
+
+def grpo(case: Case, clip_low=0.2, clip_high=0.2, kl_coef=0.04) -> Result:
+    """DeepSeekMath Eq. 3 and 4."""
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        adv[i, t] = group_advantage(case, i)
+        log_w = logp(case.student, case, i, t) - logp(case.reference, case, i, t)
+        penalty = np.exp(-log_w) + log_w - 1
+        loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high) + kl_coef * penalty
+    return Result(mean_of_rows(case, loss), adv, empty(case))
+
+
+def rlsd(case: Case, lam_0=0.5, decay_steps=50, eps_w=0.2, clip_low=0.2, clip_high=0.28) -> Result:
+    """RLSD Algorithm 1 with the surrogate of its Sec. 4.2; updates count from 1."""
+    lam = lam_0 * max(1 - (case.step + 1) / decay_steps, 0)
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        A = group_advantage(case, i)
+        delta = logp(case.teacher, case, i, t) - logp(case.old, case, i, t)
+        w = np.exp(np.sign(A) * delta)
+        adv[i, t] = A * ((1 - lam) + lam * min(max(w, 1 - eps_w), 1 + eps_w))
+        loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high)
+    return Result(mean_of_tokens(case, loss), adv, empty(case))
+
+
+SDPG_ANCHORS: dict[str, Callable[[float], float]] = {
+    "ufkl": lambda w: 1 / w + np.log(w) - 1,  # the paper's, without its constant 1
+    "urkl": lambda w: np.log(w) ** 2 / 2,
+    "fkl": lambda w: 1 / w,
+    "rkl": lambda w: (np.log(w) + 1) ** 2 / 2,
+}
+
+
+def sdpg(
+    case: Case,
+    beta=1e-3,
+    alpha=1e-3,
+    warmup=50,
+    decay=350,
+    total_steps=400,
+    anchor="ufkl",
+    gate=True,
+) -> Result:
+    """SDPG Algorithm 1 and Eq. 3.1; updates count from 1."""
+    k = case.step + 1
+    beta_k = beta * min(1, k / warmup) * min(1, max(total_steps - k, 0) / decay)
+    loss, adv, distill = empty(case), empty(case), empty(case)
+    for i, t in tokens(case):
+        A = group_advantage(case, i)
+        m = float(A > 0) if gate else 1.0
+        w = np.exp(logp(case.student, case, i, t) - logp(case.reference, case, i, t))
+        adv[i, t], distill[i, t] = A, beta_k * m
+        loss[i, t] = (
+            -A * logp(case.student, case, i, t)
+            + beta_k * m * kl(case.student[i, t], case.teacher[i, t])
+            + alpha * SDPG_ANCHORS[anchor](w)
+        )
+    return Result(mean_of_tokens(case, loss), adv, distill)
+
+
+def cast_advantage(B: float, g: float, lam, positive, negative, max_adv, flip) -> float:
+    """One token of CAST Algorithm 1, Eq. 7-15."""
+    if B == 0:
+        return 0.0
+    low, high = positive if B > 0 else negative
+    raw = B * (1 + lam * (np.clip(np.exp(np.sign(B) * g), low, high) - 1))
+    if flip and B > 0 and g < 0:
+        low, high = negative
+        raw = -abs(B) * (1 + lam * (np.clip(np.exp(-g), max(1, low), high) - 1))
+    if flip and B < 0 and g > 0:
+        low, high = positive
+        raw = abs(B) * (1 + lam * (np.clip(np.exp(g), max(1, low), high) - 1))
+    return min(max(raw, -max_adv), max_adv)
+
+
+def cast(
+    case: Case,
+    lam=1.0,
+    clip_positive=(0.8, 1.05),
+    clip_negative=(0.95, 1.2),
+    max_adv=1.2,
+    flip=True,
+    cutoff=None,
+    clip_low=0.2,
+    clip_high=0.28,
+) -> Result:
+    """CAST Algorithm 1 and Eq. 16-19; flips end with shaping at the cutoff."""
+    on = cutoff is None or case.step < cutoff
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        uniform = {0: -1.0, len(group(case, i)): 1.0}.get(num_correct(case, i))
+        B = group_advantage(case, i) if uniform is None else uniform * on
+        B *= case.graded[i]
+        g = logp(case.teacher, case, i, t) - logp(case.old, case, i, t)
+        adv[i, t] = cast_advantage(
+            B, g, lam * on, clip_positive, clip_negative, max_adv, flip and on
+        )
+        loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high)
+    return Result(mean_of_tokens(case, loss), adv, empty(case))
+
+
+def sc_grpo(
+    case: Case, alpha=0.1, quantile=0.75, c_min=1e-4, clip_low=0.2, clip_high=0.2
+) -> Result:
+    """SC-GRPO Algorithm 1, with the s_i of its Sec. 5.1 and the percentile over the batch."""
+    D = {(i, t): kl(case.teacher[i, t], case.old[i, t]) for i, t in tokens(case) if case.shown[i]}
+    c = max(np.percentile(list(D.values()), 100 * quantile), c_min) if D else c_min
+    f = {it: d / (d + c) for it, d in D.items()}
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        A = group_advantage(case, i)
+        if num_correct(case, i) == 0 and case.shown[i]:
+            scored = {j: distinctness(case, f, j) for j in group(case, i) if case.shown[j]}
+            A = alpha * z_score(scored, i)
+        adv[i, t] = f.get((i, t), 1.0) * A
+        loss[i, t] = f.get((i, t), 1.0) * surrogate(case, i, t, A, clip_low, clip_high)
+    return Result(mean_of_rows(case, loss), adv, empty(case))
+
+
+def distinctness(case: Case, f: dict[tuple[int, int], float], i: int) -> float:
+    """SC-GRPO's s_i: the mean weight over the first min(|o_i|, |o_r|) tokens."""
+    length = min(case.mask[i].sum(), case.mask[case.source[i]].sum())
+    positions = np.flatnonzero(case.mask[i])[:length]
+    return float(np.mean([f[i, t] for t in positions])) if length else 0.0
+
+
+def sc_grpo_route(correct: list[bool | None], i: int) -> tuple[str, set[int]]:
+    """SC-GRPO's routing table: what row i's teacher is shown, and the rows it may come from."""
+    solved = {j for j, c in enumerate(correct) if c is True}
+    failed = {j for j, c in enumerate(correct) if c is False}
+    if not solved and len(failed) > 1:
+        return "failure", failed
+    if 2 <= len(solved) and failed:
+        return "sibling", solved - {i}
+    return "silent", set()
+
+
+def sc_grpo_hints(correct: list[bool | None], group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(shown bool[B], source i[B]) of the routing table, always with the first row allowed."""
+    shown, source = np.zeros(len(correct), bool), np.full(len(correct), -1)
+    for i in range(len(correct)):
+        first = i - i % group_size
+        _, rows = sc_grpo_route(correct[first : first + group_size], i - first)
+        if rows and min(rows) != i - first:
+            shown[i], source[i] = True, first + min(rows)
+    return shown, source
+
+
+def hsd(case: Case, beta=1e-3) -> Result:
+    """HSD Eq. 10 and 13 and the penalty to the initial policy."""
+    loss, distill = empty(case), empty(case)
+    for i, t in tokens(case):
+        distill[i, t] = float(case.shown[i])
+        loss[i, t] = distill[i, t] * kl(case.teacher[i, t], case.student[i, t]) + beta * kl(
+            case.student[i, t], case.reference[i, t]
+        )
+    return Result(mean_of_rows(case, loss), empty(case), distill)
+
+
+def opsd(case: Case, tau=0.05) -> Result:
+    """OPSD Eq. 6-8 with the pointwise cap of its Sec. 3."""
+    loss, distill = empty(case), empty(case)
+    for i, t in tokens(case):
+        log_p, log_q = log_softmax(case.teacher[i, t]), log_softmax(case.student[i, t])
+        distill[i, t] = float(case.shown[i])
+        for lp, lq in zip(log_p, log_q, strict=True):
+            loss[i, t] += distill[i, t] * min(np.exp(lp) * (lp - lq), tau)
+    return Result(mean_of_rows(case, loss), empty(case), distill)
+
+
+ORACLES: dict[str, Callable[..., Result]] = {
+    "grpo": grpo,
+    "rlsd": rlsd,
+    "sdpg": sdpg,
+    "cast": cast,
+    "sc_grpo": sc_grpo,
+    "hsd": hsd,
+    "opsd": opsd,
+}
+
+
+def gradient(oracle: Callable[[Case], Result], case: Case, h: float = 1e-5) -> np.ndarray:
+    """Central differences of the loss with respect to `case.student`, f64[B, T, V].
+
+    A token's term depends on its own logits only, so all tokens are moved at once.
+    """
+    out = np.zeros_like(case.student)
+    for v in range(out.shape[-1]):
+        step = h * np.eye(out.shape[-1])[v]
+        ahead, behind = (case._replace(student=case.student + s * step) for s in (1, -1))
+        out[..., v] = (oracle(ahead).loss_t - oracle(behind).loss_t) / (2 * h)
+    return out
+
+
+def decoder_logits(params: dict, ids: list[int], config) -> np.ndarray:
+    """float64 logits [N, num_tokens] of one unpadded sequence under a Qwen3 decoder.
+
+    Args:
+      params: the package's tree of arrays.
+      config: the package's ModelConfig.
+    """
+    N, half = len(ids), config.head_dim // 2
+    angle = np.outer(np.arange(N), config.rope_theta ** (-np.arange(half) / half))[:, None]
+    embed = np.asarray(params["embed"], np.float64)
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
+
+    def rotate(x):
+        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    x = embed[ids]
+    for n in range(config.num_layers):
+        layer = {name: np.asarray(w[n], np.float64) for name, w in params["layers"].items()}
+        h = norm(x, layer["attn_norm"])
+        q, k, v = (np.tensordot(h, layer[name], 1) for name in "qkv")
+        q, k = rotate(norm(q, layer["q_norm"])), rotate(norm(k, layer["k_norm"]))
+        for head in range(config.num_heads):
+            shared = head // (config.num_heads // config.num_kv_heads)
+            for i in range(N):
+                scores = k[: i + 1, shared] @ q[i, head] / np.sqrt(config.head_dim)
+                share = np.exp(log_softmax(scores))
+                x[i] += share @ v[: i + 1, shared] @ layer["o"][head]
+        h = norm(x, layer["mlp_norm"])
+        gate = h @ layer["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["up"])) @ layer["down"]
+    head = embed if config.tie_embeddings else np.asarray(params["head"], np.float64)
+    out = norm(x, np.asarray(params["final_norm"], np.float64)) @ head.T
+    return out[:, : config.num_tokens]
+
+
+def response_logits(params: dict, prompt: list[int], response: list[int], config) -> np.ndarray:
+    """float64 logits [len(response), num_tokens] that predict each token of a response."""
+    logits = decoder_logits(params, [*prompt, *response], config)
+    return logits[len(prompt) - 1 : -1]

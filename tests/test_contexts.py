@@ -1,0 +1,291 @@
+"""What teachers are shown, from a sample's verdict to token ids, and that it is what they score."""
+
+from collections import Counter
+
+import jax
+import numpy as np
+import oracles
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxrl_sd import contexts, model, stats, tokens
+from jaxrl_sd.contexts import TEMPLATES, Hint
+from jaxrl_sd.model import ModelConfig
+from jaxrl_sd.scoring import token_stats
+from jaxrl_sd.tokens import Template
+from jaxrl_sd.types import Batch, InputError, Problem, Rollouts, Sample
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HEADER = "<|im_start|>assistant\n"
+SLOTS = {"answer": "ANSWER", "solution": "SOLUTION", "peer": "PEER"}
+
+
+def new_tokenizer(**special) -> PreTrainedTokenizerFast:
+    """One token a byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|pad|>", "<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = new_tokenizer(pad_token="<|pad|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def sample(text: str, correct: bool | None) -> Sample:
+    return Sample(ids=(), text=text, correct=correct, truncated=False)
+
+
+def group(verdicts: str) -> list[Sample]:
+    """One letter a row: 1 correct, 0 wrong, ? ungraded."""
+    verdict = {"1": True, "0": False, "?": None}
+    return [sample(f"response {i}", verdict[c]) for i, c in enumerate(verdicts)]
+
+
+PROBLEM = Problem("id", "What is 6 * 7?", "42", "Six sevens are 42.")
+
+
+def shown_text(tokenizer, hints, row: int) -> str:
+    ids = hints.prompt[row]
+    length = hints.prompt_length[row]
+    assert (ids[: len(ids) - length] == tokenizer.pad_token_id).all()
+    return tokenizer.decode(ids[len(ids) - length :])
+
+
+def write(tokenizer, context, groups, width=400, templates=TEMPLATES, problem=PROBLEM, seed=0):
+    rng = np.random.default_rng(seed)
+    hints, metrics = contexts.write(
+        {"t": context}, [problem] * len(groups), groups, rng, tokenizer, templates, width
+    )
+    return hints["t"], metrics
+
+
+# Templates.
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_keeps_the_students_turn_and_header(tokenizer, name):
+    """The teacher's prompt is the student's with text inserted; nothing is left unfilled."""
+    slots = dict(SLOTS, problem="PROBLEM {answer}?")
+    text = tokenizer.decode(tokens.render(tokenizer, TEMPLATES[name], slots))
+    assert "<|im_start|>user\nPROBLEM {answer}?" in text
+    assert text.removesuffix(TEMPLATES[name].tail).endswith("<|im_end|>\n" + HEADER)
+    wanted = {"answer": "answer", "solution": "solution", "answer_solution": "answer solution"}
+    wanted |= {"answer_peer": "answer peer", "peer": "peer", "attempt": "peer"}
+    used = {slot for slot, value in SLOTS.items() if value in text}
+    assert used == set(wanted.get(name, "").split())
+    assert text.count("{") == 1
+
+
+@pytest.mark.parametrize(
+    "value", ["\\frac{1}{2}", "{answer}", "{problem}", "{}", "{0}", "{{x}}", "\\1 \\g<0>", "% { %s"]
+)
+def test_braces_in_texts_stay(tokenizer, value):
+    problem = Problem("id", f"Solve {value}.", value, value)
+    hints, _ = write(tokenizer, contexts.answer_and_solution(), [group("0")], problem=problem)
+    text = shown_text(tokenizer, hints, 0)
+    assert f"\nSolve {value}.\n" in text
+    assert f"the correct answer is {value}. One common solution is:\n{value}\n" in text
+
+
+def test_unknown_slots_of_a_template_are_text():
+    assert tokens.fill("{a} {b} {} {a b}", {"a": "{b}"}) == "{b} {b} {} {a b}"
+
+
+# Prompts that are too long.
+
+
+@pytest.mark.parametrize("too_many", [1, 30])
+def test_only_the_longest_privileged_text_is_cut(tokenizer, too_many):
+    solution = "First x, then y, then z; " * 10
+    problem = Problem("id", "What is 6 * 7?", "42", solution)
+    context, groups = contexts.answer_and_solution(), [group("00"), group("1?")]
+    whole, metrics = write(tokenizer, context, groups, 1000, problem=problem)
+    assert metrics == {"context/t/shown": 1, "context/t/cut": 0}
+    width = int(whole.prompt_length[0]) - too_many
+    cut, metrics = write(tokenizer, context, groups, width, problem=problem)
+    assert metrics == {"context/t/shown": 1, "context/t/cut": 4}
+    assert (cut.prompt_length == width).all()
+    want = shown_text(tokenizer, whole, 0).replace(solution, solution[:-too_many])
+    assert shown_text(tokenizer, cut, 3) == want
+
+
+def test_a_cut_of_a_system_turn_keeps_the_question(tokenizer):
+    groups = [[sample("x" * 300, True), sample("y", True), sample("z", False)]]
+    hints, metrics = write(tokenizer, contexts.verified_sibling(), groups, width=500)
+    assert metrics["context/t/cut"] > 0
+    for row in range(3):
+        text = shown_text(tokenizer, hints, row)
+        assert text.endswith("<|im_start|>user\nWhat is 6 * 7?<|im_end|>\n" + HEADER)
+        assert "Take the reference as inspiration only." in text
+
+
+def test_a_character_of_many_tokens_is_not_split(tokenizer):
+    problem = Problem("id", "?", "42", "é" * 50)
+    for width in (300, 301, 302):
+        hints, _ = write(tokenizer, contexts.solution(), [group("0")], width, problem=problem)
+        text = shown_text(tokenizer, hints, 0)
+        assert "\ufffd" not in text
+        assert 0 < text.count("é") < 50
+        assert hints.prompt_length[0] in (width, width - 1)
+
+
+@pytest.mark.parametrize("context", [contexts.nothing(), contexts.marker(), contexts.answer()])
+def test_a_problem_that_does_not_fit_is_an_error(tokenizer, context):
+    with pytest.raises(InputError, match=r"prompt: \d+ tokens, expected at most 30, .*What is 6"):
+        write(tokenizer, context, [group("0")], width=30)
+
+
+# Who is shown what.
+
+
+@pytest.mark.parametrize(
+    "context, hint, needs",
+    [
+        (contexts.nothing(), Hint("nothing"), ()),
+        (contexts.marker(), Hint("marker"), ()),
+        (contexts.answer(), Hint("answer", {"answer": "42"}), ("answer",)),
+        (contexts.solution(), Hint("solution", {"solution": PROBLEM.solution}), ("solution",)),
+        (
+            contexts.answer_and_solution(),
+            Hint("answer_solution", {"answer": "42", "solution": PROBLEM.solution}),
+            ("answer", "solution"),
+        ),
+    ],
+)
+def test_contexts_that_ignore_the_samples(context, hint, needs):
+    assert context.write(PROBLEM, group("10?"), np.random.default_rng(0)) == [hint] * 3
+    assert context.needs == needs
+
+
+@pytest.mark.parametrize("verdicts", ["1111", "0110", "1?01", "01", "1000", "0000", "???1"])
+def test_a_sibling_is_correct_and_another_row_drawn_uniformly(verdicts):
+    samples, rng = group(verdicts), np.random.default_rng(0)
+    draws = [contexts.verified_sibling().write(PROBLEM, samples, rng) for _ in range(900)]
+    for i, hints in enumerate(zip(*draws, strict=True)):
+        peers = [j for j in range(len(verdicts)) if j != i and verdicts[j] == "1"]
+        counts = Counter(None if hint is None else hint.source for hint in hints)
+        assert set(counts) == set(peers or [None])
+        assert all(abs(n - 900 / len(counts)) < 90 for n in counts.values())
+        assert all(h is None or h.slots["peer"] == f"response {h.source}" for h in hints)
+
+
+def test_rows_without_a_sibling_are_silent(tokenizer):
+    """Their prompt is the student's; the source is the row in the batch, not in the group."""
+    groups = [group("100"), group("010"), group("000")]
+    hints, metrics = write(tokenizer, contexts.verified_sibling(), groups)
+    np.testing.assert_array_equal(hints.shown, [0, 1, 1, 1, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(hints.source, [-1, 0, 0, 4, -1, 4, -1, -1, -1])
+    assert metrics == {"context/t/shown": pytest.approx(4 / 9), "context/t/cut": 0}
+    plain, _ = write(tokenizer, contexts.nothing(), groups)
+    for row in range(9):
+        text = shown_text(tokenizer, hints, row)
+        assert ("response" in text) == (hints.shown[row] == 1)
+        if not hints.shown[row]:
+            assert text == shown_text(tokenizer, plain, row)
+
+
+def test_a_seed_fixes_the_draws(tokenizer):
+    groups = [group("1111")] * 5
+    draws = [write(tokenizer, contexts.answer_and_peer(), groups, seed=s)[0] for s in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0].source, draws[1].source)
+    assert (draws[0].source != draws[2].source).any()
+
+
+def test_templates_are_the_users(tokenizer):
+    templates = dict(TEMPLATES, answer=Template(user="{problem} ({answer})", tail=" So,"))
+    hints, _ = write(tokenizer, contexts.answer(), [group("0")], templates=templates)
+    want = "<|im_start|>user\nWhat is 6 * 7? (42)<|im_end|>\n" + HEADER + " So,"
+    assert shown_text(tokenizer, hints, 0) == want
+
+
+# Response ids are used again as they are.
+
+
+def test_the_teacher_scores_the_very_ids_that_were_sampled(tokenizer):
+    """Bytes that are no text: decoded and tokenised again they would be other ids."""
+    V, T = len(tokenizer), 5
+    config = ModelConfig(V + 5, V, 16, 16, 1, 2, 1, 8, 1e4, 1e-6, True)
+    params = model.init_params(jax.random.key(0), config)
+    params = {**params, "embed": 20 * params["embed"]}
+    rng = np.random.default_rng(0)
+    lengths = [5, 1, 3, 2]
+    response = rng.integers(V, size=(4, T)).astype(np.int32)
+    again = tokenizer(tokenizer.decode(response[0]), add_special_tokens=False)["input_ids"]
+    assert again != response[0].tolist()
+    groups = [group("11"), group("01")]
+    templates = dict(TEMPLATES, peer=Template(user="{problem}", system="Hint: {peer}"))
+    hints, _ = write(tokenizer, contexts.verified_sibling(), groups, 60, templates)
+    mask_t = (np.arange(T) < np.array(lengths)[:, None]).astype(np.float32)
+    ones = np.ones(4, np.float32)
+    rollouts = Rollouts(hints.prompt, hints.prompt_length, response, *[mask_t] * 3, *[ones] * 3, 2)
+    requests = {"logp": ("t", stats.teacher_log_prob)}
+    batch = Batch(rollouts, {"t": hints})
+    got = jax.jit(lambda p, b: token_stats(requests, p, {"t": p}, b, config, 1.0, 7))(params, batch)
+    for i, n in enumerate(lengths):
+        slots = {"problem": PROBLEM.prompt, "peer": f"response {hints.source[i] % 2}"}
+        template = templates["peer" if hints.shown[i] else "nothing"]
+        prompt = tokens.render(tokenizer, template, slots)
+        logits = oracles.response_logits(params, prompt, response[i, :n].tolist(), config)
+        want = [oracles.log_softmax(z)[id] for z, id in zip(logits, response[i], strict=False)]
+        np.testing.assert_allclose(got["logp"][i, :n], want, atol=1e-4)
+        assert not got["logp"][i, n:].any()
+
+
+def test_left_pad():
+    padded, lengths = tokens.left_pad([[1, 2], [3], []], 3, pad_id=9)
+    np.testing.assert_array_equal(padded, [[9, 1, 2], [9, 9, 3], [9, 9, 9]])
+    np.testing.assert_array_equal(lengths, [2, 1, 0])
+
+
+# Tokenizers.
+
+
+def test_response_text_ends_before_the_stop_token(tokenizer):
+    stop = tokenizer.eos_token_id
+    ids = tokenizer("4 + 2", add_special_tokens=False)["input_ids"]
+    assert tokens.response_text(tokenizer, [*ids, stop], [stop]) == "4 + 2"
+    assert tokens.response_text(tokenizer, ids, [stop]) == "4 + 2"
+    assert tokens.response_text(tokenizer, [], [stop]) == ""
+
+
+def test_loaded_tokenizer_and_stop_ids(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = tokens.load_tokenizer(tmp_path)
+    template = TEMPLATES["nothing"]
+    slots = {"problem": "1 + 1"}
+    assert tokens.render(loaded, template, slots) == tokens.render(tokenizer, template, slots)
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert tokens.stop_ids(loaded, tmp_path) == (end,)
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{pad}, {end}]}}')
+    assert tokens.stop_ids(loaded, tmp_path) == tuple(sorted((pad, end)))
+
+
+def test_a_tokenizer_without_chat_template_is_an_error(tmp_path):
+    new_tokenizer(pad_token="<|pad|>").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.path: the tokenizer in .* has no chat template"):
+        tokens.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_padding_is_an_error(tmp_path):
+    tokenizer = new_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.path: the tokenizer in .* has no padding token"):
+        tokens.load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match=r"model\.path: .* names a token that ends a response"):
+        tokens.stop_ids(tokenizer, tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"model\.path: no tokenizer could be read from"):
+        tokens.load_tokenizer(tmp_path / "nothing")

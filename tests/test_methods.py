@@ -1,0 +1,707 @@
+"""Every method against its paper: one table, and what must hold for all of them.
+
+A method is fed logits: the same statistics, credit, loss and averaging as in training, without a
+model. `oracles.py` says what must come out.
+"""
+
+import math
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from oracles import ORACLES, Case
+
+from jaxrl_sd import losses, stats
+from jaxrl_sd.contexts import Hint
+from jaxrl_sd.methods import METHODS, base
+from jaxrl_sd.methods.cast import base_advantage, cast, token_advantage
+from jaxrl_sd.methods.grpo import grpo
+from jaxrl_sd.methods.hsd import hsd
+from jaxrl_sd.methods.opsd import opsd
+from jaxrl_sd.methods.rlsd import evidence_weight, lam, rlsd
+from jaxrl_sd.methods.sc_grpo import (
+    diversity_advantage,
+    reference_trajectory,
+    saturating_weight,
+    sc_grpo,
+)
+from jaxrl_sd.methods.sdpg import beta_schedule, sdpg
+from jaxrl_sd.types import Batch, Hints, Problem, Rollouts, Sample
+from jaxrl_sd.update import ALWAYS_PROBED, ALWAYS_SCORED, make_steps
+
+G, T, V = 4, 3, 5
+STEP = 10
+VERDICT = {"1": True, "0": False, "?": None}  # one letter a row
+# A mixed group of which one row could not be graded, a group without, with one, and with nothing
+# but correct answers.
+MIXED = "110? 0000 1000 1111"
+UNGATED = ("sdpg", {"beta": 3.0, "alpha": 0.0, "warmup": 30, "gate": False})
+VARIANTS = [
+    ("grpo", {}),
+    ("grpo", {"kl_coef": 0.0, "clip_low": 0.1, "clip_high": 0.28}),
+    ("rlsd", {}),
+    ("rlsd", {"lam_0": 1.0, "eps_w": 0.5, "decay_steps": 60, "clip_high": 0.1}),
+    ("sdpg", {}),
+    ("sdpg", {"beta": 3.0, "alpha": 0.0, "warmup": 1, "decay": 100, "total_steps": 120}),
+    UNGATED,
+    *[("sdpg", {"alpha": 1.0, "anchor": anchor}) for anchor in ("urkl", "fkl", "rkl")],
+    ("cast", {}),
+    ("cast", {"lam": 0.5, "clip_positive": (0.7, 1.3), "clip_negative": (1.1, 1.4)}),
+    ("cast", {"flip": False, "max_adv": 0.7, "clip_low": 0.1}),
+    ("cast", {"cutoff": STEP}),
+    ("sc_grpo", {}),
+    ("sc_grpo", {"alpha": 1.0, "quantile": 0.5, "c_min": 0.01, "clip_high": 0.1}),
+    ("hsd", {}),
+    ("hsd", {"beta": 0.0}),
+    ("opsd", {}),
+]
+IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in hyper.items())}" for name, hyper in VARIANTS]
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def draw_case(name="rlsd", verdicts=MIXED, eps=1.0, drift=0.3, seed=0, lengths=None) -> Case:
+    """A random batch whose teacher differs from the policy by eps, and the policy from its old
+    self by `drift`, in nats."""
+    rng = np.random.default_rng(seed)
+    verdicts = verdicts.replace(" ", "")
+    B = len(verdicts)
+    student, noise, moved = rng.standard_normal((3, B, T, V))
+    correct, graded = (np.array([c in chars for c in verdicts]) for chars in ("1", "01"))
+    lengths = np.resize([3, 2, 1, 3, 2], B) if lengths is None else np.asarray(lengths)
+    shown, source = np.ones(B, bool), np.full(B, -1)
+    if name == "sc_grpo":
+        shown, source = oracles.sc_grpo_hints([VERDICT[c] for c in verdicts], G)
+    return Case(
+        student=student,
+        old=student + drift * moved,
+        teacher=student + drift * moved + eps * noise,
+        reference=student + rng.standard_normal((B, T, V)),
+        token=rng.integers(V, size=(B, T)),
+        mask=(np.arange(T) < lengths[:, None]) & graded[:, None],
+        correct=correct,
+        graded=graded,
+        shown=shown,
+        source=source,
+        group_size=G,
+        step=STEP,
+    )
+
+
+def batch_of(case: Case, method: base.Method, garbage: float = 0.0) -> Batch:
+    B = len(case.mask)
+    mask_t = jnp.asarray(case.mask, jnp.float32)
+    ones, nothing = jnp.ones(B, jnp.int32), jnp.zeros((B, 1), jnp.int32)
+    unused_t = jnp.where(case.mask, 0.0, garbage)
+    rollouts = Rollouts(
+        prompt=nothing,
+        prompt_length=ones,
+        response=jnp.asarray(case.token, jnp.int32),
+        mask_t=mask_t,
+        sampler_logp_t=unused_t,
+        behaviour_logp_t=unused_t,
+        reward=jnp.asarray(case.correct, jnp.float32),
+        correct=jnp.asarray(case.correct, jnp.float32),
+        graded=jnp.asarray(case.graded, jnp.float32),
+        group_size=case.group_size,
+    )
+    teacher = Hints(
+        nothing, ones, jnp.asarray(case.shown, jnp.float32), jnp.asarray(case.source, jnp.int32)
+    )
+    reference = Hints(nothing, ones, jnp.ones(B), -ones)
+    hints = {"teacher": teacher, "reference": reference}
+    return Batch(rollouts, {name: hints[name] for name in method.teachers})
+
+
+@cache
+def compiled(name: str, hyper: tuple):
+    """(student, {name: logits}, batch, step, garbage) -> loss, its gradient, credit, metrics."""
+    method = METHODS[name](**dict(hyper))
+    steps = make_steps(method, optax.identity(), None, micro_batches=1, temperature=1.0, chunk=1)
+
+    @jax.jit
+    def run(student, logits, batch, step, garbage):
+        mask_t = batch.rollouts.mask_t != 0
+
+        def measure(requests, student):
+            measured = {
+                name: statistic(student, logits.get(teacher), batch.rollouts.response)
+                for name, (teacher, statistic) in requests.items()
+            }
+            return {name: jnp.where(mask_t, x, garbage) for name, x in measured.items()}
+
+        scores = measure({**ALWAYS_SCORED, **method.score}, logits["old"])
+        credited, metrics = steps.credit(batch.replace(scores=scores), step)
+
+        def loss(student):
+            probed = measure({**ALWAYS_PROBED, **method.probe}, student)
+            loss_t, _ = method.loss(probed, credited, step)
+            return losses.weighted_sum(loss_t, credited.weight_t)
+
+        value, gradient = jax.value_and_grad(loss)(student)
+        return value, gradient, credited.credit, metrics
+
+    return method, run
+
+
+def evaluate(name: str, case: Case, garbage: float = 0.0, **hyper):
+    method, run = compiled(name, tuple(hyper.items()))
+    logits = {
+        k: jnp.asarray(getattr(case, k), jnp.float32) for k in ("old", "teacher", "reference")
+    }
+    student = jnp.asarray(case.student, jnp.float32)
+    return run(student, logits, batch_of(case, method, garbage), jnp.int32(case.step), garbage)
+
+
+# What the papers' algorithms give.
+
+
+@pytest.mark.parametrize("name, hyper", VARIANTS, ids=IDS)
+@pytest.mark.parametrize("eps, drift", [(1.0, 0.3), (0.05, 0.0), (1e-3, 0.0)])
+def test_loss_gradient_and_credit_equal_the_papers(name, hyper, eps, drift):
+    case = draw_case(name, eps=eps, drift=drift)
+    oracle = partial(ORACLES[name], **hyper)
+    want, want_gradient = oracle(case), oracles.gradient(oracle, case)
+    loss, gradient, credit, _ = evaluate(name, case, **hyper)
+    size = np.abs(want_gradient).max(axis=-1)  # of each token's gradient
+    error = np.abs(gradient - want_gradient).max(axis=-1)
+    np.testing.assert_array_less(error, 1e-3 * size + 1e-12)
+    np.testing.assert_allclose(loss, want.loss_t.sum(), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(credit.adv_t, want.adv, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(credit.distill_t, want.distill, rtol=1e-5, atol=0)
+
+
+# What must hold for every method.
+
+
+@every_method
+@pytest.mark.parametrize(
+    "verdicts, lengths, truncated",
+    [
+        ("1111 1111 1111 1111", [3, 1], False),
+        ("0000 0000 0000 0000", [3, 1], False),
+        ("1100 0000 1000 1111", [3] + [0] * 15, False),
+        ("1100 0000 1000 1111", [0], False),
+        ("0000 0000 1000 1111", [3], True),
+        ("???? ?1?? ??0? 01??", [3, 1], False),
+        ("???? ???? ???? ????", [3, 1], False),
+    ],
+    ids=["correct", "wrong", "one row", "masked", "truncated", "ungraded", "none graded"],
+)
+def test_everything_is_finite(name, verdicts, lengths, truncated):
+    case = draw_case(name, verdicts, lengths=np.resize(lengths, 16))
+    grades = METHODS[name]().grade(case.correct, np.full(16, truncated))
+    case = case._replace(mask=case.mask & grades.trained[:, None])
+    results = evaluate(name, case)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(results))
+    if not case.mask.any():
+        assert results[0] == 0
+        assert not results[1].any()
+
+
+@every_method
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e4])
+def test_what_is_masked_does_not_matter(name, garbage):
+    case = draw_case(name)
+    want, got = evaluate(name, case), evaluate(name, case, garbage=garbage)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@every_method
+def test_order_of_groups_does_not_matter(name):
+    case = draw_case(name)
+    rows = (np.array([2, 0, 3, 1])[:, None] * G + np.arange(G)).ravel()
+    moved = case._replace(**{k: v[rows] for k, v in case._asdict().items() if np.ndim(v)})
+    source = np.where(moved.source < 0, -1, np.argsort(rows)[moved.source])
+    loss, gradient, credit, _ = evaluate(name, case)
+    got_loss, got_gradient, got_credit, _ = evaluate(name, moved._replace(source=source))
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(got_gradient, gradient[rows], rtol=0, atol=1e-8)
+    np.testing.assert_allclose(got_credit.adv_t, credit.adv_t[rows], rtol=1e-6)
+
+
+LOGITS = ("student", "old", "teacher", "reference")
+
+
+@every_method
+def test_order_of_the_vocabulary_does_not_matter(name):
+    case = draw_case(name)
+    order = np.array([3, 1, 4, 0, 2])
+    moved = case._replace(
+        token=np.argsort(order)[case.token], **{k: getattr(case, k)[..., order] for k in LOGITS}
+    )
+    loss, gradient, *_ = evaluate(name, case)
+    got_loss, got_gradient, *_ = evaluate(name, moved)
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(got_gradient, gradient[..., order], rtol=0, atol=1e-7)
+
+
+@every_method
+def test_a_shift_of_all_logits_does_not_matter(name):
+    case = draw_case(name)
+    shifts = np.random.default_rng(1).uniform(-5, 5, size=(4, 16, T, 1))
+    shifted = case._replace(
+        **{k: getattr(case, k) + by for k, by in zip(LOGITS, shifts, strict=True)}
+    )
+    loss, gradient, *_ = evaluate(name, case)
+    got_loss, got_gradient, *_ = evaluate(name, shifted)
+    np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(got_gradient, gradient, rtol=0, atol=1e-6)
+
+
+@every_method
+def test_no_gradient_reaches_scores_or_advantages(name):
+    """Else a teacher or the old policy would be trained through the weights they gave."""
+    case = draw_case(name, eps=0.1)
+    method = METHODS[name]()
+    t = jnp.asarray(np.random.default_rng(1).standard_normal((3, 16, T)) * 0.1, jnp.float32)
+    names = [*ALWAYS_SCORED, *method.score]
+    probed = {stat: t[0] for stat in [*ALWAYS_PROBED, *method.probe]}
+    batch = batch_of(case, method).replace(scores={stat: t[1] for stat in names})
+
+    def loss(scores, adv_t, probed):
+        credit = base.Credit(adv_t, jnp.ones((16, T)))
+        loss_t, _ = method.loss(probed, batch.replace(scores=scores, credit=credit), 0)
+        return loss_t.sum()
+
+    to_scores, to_adv, to_probed = jax.grad(loss, argnums=(0, 1, 2))(batch.scores, t[2], probed)
+    assert not any(x.any() for x in jax.tree.leaves((to_scores, to_adv)))
+    assert any(x.any() for x in jax.tree.leaves(to_probed))
+
+
+@pytest.mark.parametrize(
+    "name, hyper",
+    [("hsd", {"beta": 0.0}), ("opsd", {}), UNGATED],
+    ids=["hsd", "opsd", "sdpg"],
+)
+def test_a_teacher_that_agrees_or_is_silent_distils_nothing(name, hyper):
+    """All rows fail, so that no advantage remains."""
+    case = draw_case(name, "0000 0000 0000 0000")
+    loss, gradient, *_ = evaluate(name, case._replace(teacher=case.student), **hyper)
+    assert loss == 0
+    np.testing.assert_allclose(gradient, 0, atol=1e-8)
+    loss, gradient, *_ = evaluate(name, case._replace(shown=np.zeros(16, bool)), **hyper)
+    assert loss == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+    "name, p_first",
+    [("hsd", 0.368064), ("opsd", 0.368064), ("sc_grpo", 0.368064), ("sdpg", 0.510826)],
+)
+def test_direction_of_the_divergence(name, p_first):
+    """Teacher (0.9, 0.1), student (0.5, 0.5): kl(p||q) = 0.368064, kl(q||p) = 0.510826."""
+    hyper = {"tau": math.inf} if name == "opsd" else {}
+    method = METHODS[name](**hyper)
+    _, divergence = {**method.score, **method.probe}["divergence"]
+    got = divergence(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1])), jnp.int32(0))
+    np.testing.assert_allclose(got, p_first, atol=1e-6)
+
+
+def test_advantages_of_a_group_of_eight():
+    """rlsd.md T7."""
+    case = draw_case(verdicts="10010000")._replace(group_size=8)
+    got = base.advantage(batch_of(case, grpo()))
+    want = np.where(case.correct, 1.62018167, -0.54006056)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+# RLSD.
+
+
+def credit_of_gaps(method, verdicts: str, gap_t, step: int):
+    """The token advantages of a group whose teacher's gaps are given, f32[B, 3]."""
+    case = draw_case(verdicts=verdicts, lengths=[3] * len(verdicts))
+    case = case._replace(group_size=len(verdicts))
+    batch = batch_of(case, method).replace(scores={"gap": jnp.asarray(gap_t, jnp.float32)})
+    credit, _ = method.credit(batch, step)
+    return base.advantage(batch)[:, None], credit.adv_t
+
+
+def test_rlsd_weights():
+    """The paper's toy of three tokens, and the clip on both sides that its Eq. 16 lacks."""
+    delta = jnp.log(jnp.array([[0.7, 0.2, 0.1]])) - jnp.log(jnp.array([[0.4, 0.35, 0.25]]))
+    for A, raw, clipped in [
+        (1.0, [1.75, 0.571429, 0.4], [1.2, 0.8, 0.8]),
+        (-1.0, [0.571429, 1.75, 2.5], [0.8, 1.2, 1.2]),
+    ]:
+        A = jnp.array([[A]])
+        np.testing.assert_allclose(evidence_weight(A, delta, math.inf), [raw], rtol=1e-5)
+        np.testing.assert_allclose(evidence_weight(A, delta, 0.2), [clipped], rtol=1e-6)
+        w = evidence_weight(A, A * jnp.log(jnp.array([[0.5, 0.9, 1.1, 3.0]])), 0.2)
+        np.testing.assert_allclose(w, [[0.8, 0.9, 1.1, 1.2]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "decay_steps, values",
+    [
+        (50, {0: 0.5, 1: 0.49, 10: 0.4, 25: 0.25, 49: 0.01, 50: 0, 51: 0, 1000: 0}),
+        (60, {1: 0.491667, 10: 0.416667, 50: 0.083333, 60: 0, 70: 0}),
+    ],
+)
+def test_rlsd_lambda(decay_steps, values):
+    for k, value in values.items():
+        np.testing.assert_allclose(lam(jnp.int32(k - 1), 0.5, decay_steps), value, atol=1e-6)
+
+
+def test_rlsd_credit_by_hand():
+    """At lam 0.5 and 1. The first row has A > 0, the others A < 0."""
+    gap = [[0.5, -0.5, 0.1], [0.5, -0.5, 0.0], [1.0, -0.1, 0.0], [-1.0, 0.1, 0.0]]
+    for hyper, step, multiplier in [
+        ({}, -1, [[1.1, 0.9, 1.052585], [0.9, 1.1, 1], [0.9, 1.052585, 1], [1.1, 0.952419, 1]]),
+        (
+            {"lam_0": 1.0},
+            -1,
+            [[1.2, 0.8, 1.105171], [0.8, 1.2, 1], [0.8, 1.105171, 1], [1.2, 0.904837, 1]],
+        ),
+        ({}, 49, np.ones((4, 3))),
+    ]:
+        A, adv_t = credit_of_gaps(rlsd(**hyper), "1000", gap, step)
+        np.testing.assert_allclose(adv_t, A * np.array(multiplier), rtol=1e-5)
+
+
+def test_rlsd_keeps_the_sign_within_bounds():
+    gap = np.random.default_rng(0).standard_cauchy((8, 3))
+    gap[0, 0] = 1000.0
+    A, adv_t = credit_of_gaps(rlsd(), "11010001", gap, -1)
+    multiplier = adv_t / A
+    assert multiplier.min() >= 0.9 - 1e-6
+    assert multiplier.max() <= 1.1 + 1e-6
+    assert (jnp.sign(multiplier - 1) == jnp.sign(A) * jnp.sign(gap)).all()
+    _, adv_t = credit_of_gaps(rlsd(), "00000000", gap, -1)
+    assert not adv_t.any()
+
+
+def test_rlsd_without_lambda_is_grpo():
+    case = draw_case()
+    _, _, want, _ = evaluate("grpo", case)
+    _, _, got, _ = evaluate("rlsd", case, lam_0=0.0)
+    np.testing.assert_array_equal(got.adv_t, want.adv_t)
+
+
+# SDPG.
+
+
+def test_sdpg_beta():
+    values = {
+        0: 0, 1: 2e-5, 25: 5e-4, 50: 1e-3, 100: 8.571e-4, 225: 5e-4, 399: 2.857e-6, 400: 0, 500: 0
+    }  # fmt: skip
+    for k, value in values.items():
+        got = beta_schedule(jnp.int32(k - 1), 1e-3, 50, 350, 400)
+        np.testing.assert_allclose(got, value, rtol=1e-3, atol=1e-12)
+
+
+def test_sdpg_gate():
+    """Only rows that beat their group are distilled; all tokens stay in the denominator."""
+    method = sdpg()
+    case = draw_case("sdpg")
+    _, _, credit, _ = evaluate("sdpg", case)
+    beats = case.correct & (np.repeat([3, 4, 4, 4], G) > np.repeat([2, 0, 1, 4], G))
+    np.testing.assert_array_equal(credit.distill_t != 0, beats[:, None] & case.mask)
+    np.testing.assert_array_equal(credit.distill_t.max(), beta_schedule(STEP, 1e-3, 50, 350, 400))
+    weight_t = method.weight(jnp.asarray(case.mask, jnp.float32))
+    np.testing.assert_allclose(weight_t, case.mask / case.mask.sum(), rtol=1e-6)
+
+
+def test_sdpg_without_its_parts():
+    """beta 0 leaves the policy gradient and the anchor, alpha 0 takes the anchor away."""
+    logp, ref, divergence = (jnp.full((1, 1), x) for x in (-1.0, -1.5, 0.3))
+    credit = base.Credit(jnp.full((1, 1), 2.0), jnp.full((1, 1), 0.25))
+    batch = Batch(None, {}, scores={"reference_logp": ref}, credit=credit)
+    probed = {"logp": logp, "divergence": divergence}
+    loss_t, _ = sdpg(alpha=0.0).loss(probed, batch, 0)
+    np.testing.assert_allclose(loss_t, 2.0 + 0.25 * 0.3, rtol=1e-6)
+    loss_t, _ = sdpg(alpha=1.0, anchor="urkl").loss(probed, batch, 0)
+    np.testing.assert_allclose(loss_t, 2.0 + 0.25 * 0.3 + 0.125, rtol=1e-6)
+
+
+def test_sdpg_unknown_anchor():
+    with pytest.raises(ValueError, match=r"anchor: expected one of .*'kl'"):
+        sdpg(anchor="kl")
+
+
+# CAST.
+
+GAPS = [-1, -0.1, -0.03, 0, 0.03, 0.1, 1]
+CAST_TABLE = {
+    1: [-1.2, -1.105171, -1.030455, 1, 1.030455, 1.05, 1.05],
+    -1: [-1.2, -1.105171, -1.030455, -1, 1.030455, 1.05, 1.05],
+    0.377964: [-0.453557, -0.417715, -0.389475, 0.377964, 0.389475, 0.396862, 0.396862],
+    -0.377964: [-0.453557, -0.417715, -0.389475, -0.377964, 0.389475, 0.396862, 0.396862],
+    2.645751: [-1.2, -1.2, -1.2, 1.2, 1.2, 1.2, 1.2],
+    0: [0] * 7,
+}
+
+
+def column(values):
+    return jnp.array(values, jnp.float32)[:, None]
+
+
+def test_cast_token_advantages():
+    got = token_advantage(column(list(CAST_TABLE)), jnp.array([GAPS] * len(CAST_TABLE)))
+    np.testing.assert_allclose(got, list(CAST_TABLE.values()), atol=1.5e-6)
+
+
+def test_cast_without_sign_reversal():
+    got = token_advantage(column([1, -1]), jnp.array([[-1, -0.1, 0.1]] * 2), flip=False)
+    np.testing.assert_allclose(got, [[0.8, 0.904837, 1.05], [-1.2, -1.105171, -0.95]], atol=1e-6)
+
+
+def test_cast_sign_is_the_gaps():
+    """For g != 0, A(B, g) = A(-B, g): the verifier's sign does not matter."""
+    rng = np.random.default_rng(0)
+    B = jnp.asarray(rng.uniform(0.01, 3, size=(1000, 1)), jnp.float32)
+    g = jnp.asarray(rng.standard_normal((1000, 20)) * rng.choice([0.01, 0.1, 1], (1000, 1)))
+    shaping = jnp.asarray(rng.uniform(size=(1000, 1)), jnp.float32)
+    got = token_advantage(B, g, shaping)
+    np.testing.assert_array_equal(got, token_advantage(-B, g, shaping))
+    w = np.minimum(np.exp(np.abs(g)), np.where(g > 0, 1.05, 1.2))
+    want = np.clip(np.sign(g) * B * (1 + shaping * (w - 1)), -1.2, 1.2)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert jnp.abs(got).max() <= 1.2
+
+
+def test_cast_without_a_gap_is_the_clipped_base():
+    case = draw_case("cast")
+    _, _, credit, metrics = evaluate("cast", case._replace(teacher=case.old))
+    B = base_advantage(batch_of(case, cast()))
+    np.testing.assert_array_equal(credit.adv_t, jnp.clip(B, -1.2, 1.2)[:, None] * case.mask)
+    assert jnp.abs(B).max() > 1.2  # one of four is correct
+    assert (metrics["flipped"], metrics["gap_zero"]) == (0, 1)
+
+
+@pytest.mark.parametrize("verdicts", ["1111 1111 1111 1111", "0000 0000 0000 0000"])
+def test_cast_learns_from_uniform_groups(verdicts):
+    case = draw_case("cast", verdicts)
+    _, gradient, *_ = evaluate("cast", case)
+    assert (jnp.abs(gradient).max(axis=-1) > 0)[case.mask].mean() > 0.5  # the rest is clipped
+    _, gradient, *_ = evaluate("grpo", case, kl_coef=0.0, clip_low=0.1, clip_high=0.28)
+    assert not gradient.any()
+
+
+def test_cast_without_flips_and_weights_is_clipped_grpo():
+    case = draw_case()
+    _, _, want, _ = evaluate("grpo", case)
+    g = np.random.default_rng(0).standard_normal((16, T))
+    A = base.advantage(batch_of(case, grpo()))[:, None]
+    got = token_advantage(A, g, 1.0, (1.0, 1.0), (1.0, 1.0), flip=False) * case.mask
+    np.testing.assert_array_equal(got, jnp.clip(want.adv_t, -1.2, 1.2))
+
+
+def test_cast_after_the_cutoff_is_clipped_grpo():
+    case = draw_case("cast")
+    _, _, want, _ = evaluate("grpo", case)
+    _, _, got, metrics = evaluate("cast", case, cutoff=STEP)
+    np.testing.assert_array_equal(got.adv_t, jnp.clip(want.adv_t, -1.2, 1.2))
+    assert not got.adv_t[12:].any()  # all correct
+    assert metrics["flipped"] == 0
+    _, _, want, _ = evaluate("cast", case)
+    _, _, got, _ = evaluate("cast", case._replace(step=STEP - 1), cutoff=STEP)
+    np.testing.assert_array_equal(got.adv_t, want.adv_t)
+
+
+@pytest.mark.parametrize(
+    "A, rho, slope",
+    [
+        *[(0.5, 1.0, -0.5), (0.5, 0.5, -0.25), (0.5, 1.27, -0.635), (0.5, 1.29, 0)],
+        *[(-0.5, 1.0, 0.5), (-0.5, 2.0, 1.0), (-0.5, 0.81, 0.405), (-0.5, 0.79, 0)],
+    ],
+)
+@pytest.mark.parametrize("name", ["rlsd", "cast"])
+def test_clip_of_the_surrogate(name, A, rho, slope):
+    """0.2 below and 0.28 above; what is clipped has no gradient."""
+    old = jnp.full((1, 1), -2.0)
+    credit = base.Credit(jnp.full((1, 1), A), jnp.zeros((1, 1)))
+    batch = Batch(None, {}, scores={"old_logp": old}, credit=credit)
+
+    def loss(logp):
+        return METHODS[name]().loss({"logp": logp}, batch, 0)[0].sum()
+
+    np.testing.assert_allclose(jax.grad(loss)(old + math.log(rho)), slope, rtol=1e-5)
+
+
+def test_cast_truncated_rows_count_in_their_group_only():
+    case = draw_case("cast", "0000 1000 1000 1111", lengths=[3] * 16)
+    truncated = np.arange(16) % 4 >= 2
+    grades = cast().grade(case.correct, truncated)
+    np.testing.assert_array_equal(grades.reward, case.correct)
+    case = case._replace(mask=case.mask & grades.trained[:, None])
+    _, gradient, credit, _ = evaluate("cast", case)
+    assert not gradient[truncated].any()
+    assert not credit.adv_t[truncated].any()
+    weight_t = cast().weight(jnp.asarray(case.mask, jnp.float32))
+    np.testing.assert_allclose(weight_t[~truncated], 1 / 24, rtol=1e-6)
+    B = base_advantage(batch_of(case, cast()))
+    np.testing.assert_allclose(B[:8], [-1] * 4 + [1.499997] + [-0.499999] * 3, rtol=1e-6)
+
+
+def test_cast_ungraded_rows_do_not_make_a_group_mixed():
+    B = base_advantage(batch_of(draw_case("cast", "11?1 ?0?0 ???? 10??"), cast()))
+    half = [0.707106, -0.707106]
+    np.testing.assert_allclose(B, [1, 1, 0, 1, 0, -1, 0, -1, *[0] * 4, *half, 0, 0], rtol=1e-5)
+
+
+# SC-GRPO.
+
+
+def test_sc_grpo_weights():
+    D = [0, 1e-6, 1e-4, 0.01, 0.1, 0.5, 2, 0.035]
+    want = [0, 2.857e-5, 0.002849, 0.222222, 0.740741, 0.934579, 0.982801, 0.5]
+    D = jnp.array([D])
+    f, c = saturating_weight(D, jnp.ones_like(D), quantile=0.0, c_min=0.035)
+    np.testing.assert_allclose(f[0], want, rtol=2e-4)
+    np.testing.assert_allclose(c, 0.035)
+
+
+def test_sc_grpo_percentile():
+    """At most a quarter of the active tokens weigh more than a half; the others do not count."""
+    rng = np.random.default_rng(0)
+    for n in range(1, 30):
+        D = rng.lognormal(sigma=2, size=(5, 6)).astype(np.float32)
+        active = rng.permutation(30).reshape(5, 6) < n
+        f, c = saturating_weight(D, active, 0.75, 1e-4)
+        np.testing.assert_allclose(c, np.percentile(D[active], 75), rtol=1e-6)
+        assert (f > 0.5 + 1e-6).sum() <= math.ceil((n - 1) / 4)
+        assert f.max() < 1
+    f, c = saturating_weight(jnp.zeros((5, 6)), jnp.ones((5, 6)), 0.75, 1e-4)
+    assert not f.any()
+    np.testing.assert_allclose(c, 1e-4)
+
+
+def test_sc_grpo_whose_reference_changes_nothing_learns_nothing():
+    """Weight 0 where the teacher agrees; weight 1 and so GRPO where it is silent."""
+    case = draw_case("sc_grpo", "1100 1100 1110 1110")
+    _, gradient, *_ = evaluate("sc_grpo", case._replace(teacher=case.old))
+    np.testing.assert_allclose(gradient, 0, atol=1e-4)
+    _, _, silent, _ = evaluate("sc_grpo", case._replace(shown=np.zeros(16, bool)))
+    _, _, want, _ = evaluate("grpo", case)
+    np.testing.assert_array_equal(silent.adv_t, want.adv_t)
+
+
+def test_sc_grpo_scales_grpos_gradient():
+    """By f of its token, whatever the ratio: the sign never changes."""
+    case = draw_case("sc_grpo", "1100 1100 1110 1000")
+    _, plain, *_ = evaluate("grpo", case, kl_coef=0.0, clip_low=0.2, clip_high=0.2)
+    _, scaled, credit, _ = evaluate("sc_grpo", case)
+    _, _, grpo_credit, _ = evaluate("grpo", case)
+    f = np.where(case.mask, credit.adv_t / np.where(case.mask, grpo_credit.adv_t, 1), 0)
+    assert f.min() >= 0
+    assert f[:12].max() < 1
+    np.testing.assert_allclose(f[12:], case.mask[12:], rtol=1e-6)
+    np.testing.assert_allclose(scaled, f[..., None] * plain, atol=1e-8)
+
+
+def samples_of(verdicts: str) -> list[Sample]:
+    return [Sample((), f"response {i}", VERDICT[c], False) for i, c in enumerate(verdicts)]
+
+
+PROBLEM = Problem("id", "question", "42", "because")
+
+
+@pytest.mark.parametrize(
+    "verdicts", ["0000", "0100", "0110", "1011", "1111", "00?0", "0?1?", "01?1", "11?1", "0???"]
+)
+def test_sc_grpo_routes(verdicts):
+    samples = samples_of(verdicts)
+    context = reference_trajectory()
+    rng = np.random.default_rng(0)
+    draws = [context.write(PROBLEM, samples, rng) for _ in range(200)]
+    for i, hints in enumerate(zip(*draws, strict=True)):
+        kind, rows = oracles.sc_grpo_route([s.correct for s in samples], i)
+        shown = [hint for hint in hints if hint is not None]
+        assert {hint.source for hint in shown} == rows - {i}
+        template = {"sibling": "peer", "failure": "attempt", "silent": None}[kind]
+        assert all(hint.template == template for hint in shown)
+        assert all(hint.slots["peer"] == f"response {hint.source}" for hint in shown)
+        assert len(shown) == 200 or (kind == "failure" and i in rows) or kind == "silent"
+    if kind == "failure":  # one reference for the whole group, itself not scored
+        for hints in draws:
+            (r,) = {hint.source for hint in hints if hint is not None}
+            assert [i for i, hint in enumerate(hints) if hint is None] == [r]
+
+
+def test_sc_grpo_solve_none():
+    """alpha A_div: of mean 0 over the scored rows, none for the one that is shown."""
+    case = draw_case("sc_grpo", "0000 0000 00?0 0000", lengths=[2, 3, 1, 3] * 4)
+    f_t = jnp.asarray(np.random.default_rng(0).uniform(size=(16, T)), jnp.float32)
+    batch = batch_of(case, sc_grpo())
+    scored = jnp.asarray(case.shown & case.graded, jnp.float32)
+    A = diversity_advantage(f_t, batch, scored)
+    np.testing.assert_allclose(A.reshape(-1, G).sum(axis=1), 0, atol=1e-6)
+    assert not A[~np.asarray(scored, bool)].any()
+    s = [f_t[1, :2].mean(), f_t[2, 0], f_t[3, :2].mean()]  # the row shown has two tokens
+    np.testing.assert_allclose(A[1:4], (s - np.mean(s)) / (np.std(s, ddof=1) + 1e-6), rtol=1e-5)
+    beyond = f_t.at[:, 2].set(0.9)
+    np.testing.assert_array_equal(diversity_advantage(beyond, batch, scored), A)
+    same = diversity_advantage(jnp.full((16, T), 0.3), batch, scored)
+    assert not same.any()
+    _, _, credit, _ = evaluate("sc_grpo", case)
+    assert not credit.adv_t[::4].any()
+    assert credit.adv_t[1:4][case.mask[1:4]].all()
+
+
+def test_no_distribution_serves_all_references():
+    """sc_grpo.md 7.1 and 7.2: what minimises the mean divergence to several teachers."""
+    p = np.array([[0.8999, 1e-4, 0.1], [1e-4, 0.8999, 0.1]])
+    mean = np.array([0.45, 0.45, 0.1])
+    geometric = np.sqrt(p[0] * p[1])
+    Z = geometric.sum()
+    np.testing.assert_allclose(Z, 0.1189726, rtol=1e-6)
+    np.testing.assert_allclose(geometric / Z, [0.079735, 0.079735, 0.840530], rtol=1e-4)
+
+    others = np.random.default_rng(0).dirichlet(np.ones(3), size=1000)
+    for divergence, best, least in [
+        (stats.forward_kl, mean, 0.622822),
+        (stats.reverse_kl, geometric / Z, 2.128862),
+    ]:
+        log_q = np.log(np.repeat([[best], *others[:, None]], 2, axis=1), dtype=np.float32)
+        log_p = np.broadcast_to(np.log(p, dtype=np.float32), log_q.shape)
+        averages = divergence(log_q, log_p, np.zeros(log_q.shape[:2], int)).mean(axis=1)
+        np.testing.assert_allclose(averages[0], least, rtol=1e-5)
+        assert (averages[1:] > least).all()
+
+
+# HSD and OPSD.
+
+
+@pytest.mark.parametrize("verdicts", ["0000", "0100", "0110", "1111", "0?00", "1?0?"])
+def test_hsd_contexts(verdicts):
+    """The answer, with a uniformly drawn other success if there is one."""
+    samples = samples_of(verdicts)
+    context = hsd().teachers["teacher"].context
+    rng = np.random.default_rng(0)
+    draws = [context.write(PROBLEM, samples, rng) for _ in range(600)]
+    for i, hints in enumerate(zip(*draws, strict=True)):
+        peers = [j for j in range(4) if j != i and verdicts[j] == "1"]
+        if not peers:
+            assert set(map(str, hints)) == {str(Hint("answer", {"answer": "42"}))}
+        for j in peers:
+            path = Hint("answer_peer", {"answer": "42", "peer": f"response {j}"}, j)
+            np.testing.assert_allclose(hints.count(path) / 600, 1 / len(peers), atol=0.1)
+
+
+def test_hsd_penalty_alone_when_the_teacher_agrees():
+    case = draw_case("hsd")
+    case = case._replace(teacher=case.student)
+    loss, *_ = evaluate("hsd", case)
+    rows = [
+        np.mean([oracles.kl(case.student[i, t], case.reference[i, t]) for t in np.flatnonzero(m)])
+        for i, m in enumerate(case.mask)
+        if m.any()
+    ]
+    np.testing.assert_allclose(loss, 1e-3 * np.mean(rows), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tau, value", [(0.05, -0.152870), (0.3, 0.097130), (math.inf, 0.695976)])
+def test_opsd_cap(tau, value):
+    """Each vocabulary entry is capped before the sum, which can then be negative."""
+    _, divergence = opsd(tau).probe["divergence"]
+    q, p = jnp.array([0.5, 1, 1.5, 0]), jnp.array([2.0, 1, 0, -2])
+    got, gradient = jax.value_and_grad(divergence)(q, p, jnp.int32(0))
+    np.testing.assert_allclose(got, value, atol=1e-6)
+    if tau == 0.05:
+        want = [0.057381, -0.147177, 0.067031, 0.022766]
+        np.testing.assert_allclose(gradient, want, atol=1e-6)

@@ -1,0 +1,78 @@
+"""Where arrays live: one table, nothing split twice, copies of parameters split like them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxrl_sd import model, sharding
+from jaxrl_sd.methods import METHODS
+from jaxrl_sd.model import ModelConfig
+from jaxrl_sd.sampler import SamplingConfig, sample
+from jaxrl_sd.types import InputError
+from jaxrl_sd.update import init_state
+
+CONFIG = ModelConfig(20, 18, 16, 24, 2, 4, 2, 4, 1e4, 1e-6, False)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(data=2, fsdp=2, tensor=2)
+
+
+def test_every_matrix_has_its_axes_and_none_is_split_twice():
+    shapes = model.param_shapes(CONFIG)
+    named = {**shapes["layers"], **{k: v for k, v in shapes.items() if k != "layers"}}
+    matrices = {name: shape for name, shape in named.items() if not name.endswith("norm")}
+    assert matrices.keys() == sharding.PARAM_AXES.keys()
+    for name, axes in sharding.PARAM_AXES.items():
+        assert len(axes) == len(matrices[name])
+        assert len(sharding.mesh_axes(axes)) == len(axes)
+
+
+def test_a_collision_is_refused():
+    with pytest.raises(ValueError, match="two array axes to one mesh axis"):
+        sharding.mesh_axes(("heads", "feed_forward"))
+
+
+def test_too_many_devices_are_refused():
+    with pytest.raises(InputError, match="mesh: data=3, fsdp=3, tensor=1 need 9 devices, there"):
+        sharding.make_mesh(data=3, fsdp=3, tensor=1)
+
+
+def test_moments_and_teachers_are_split_like_the_parameters(mesh):
+    params = model.init_params(jax.random.key(0), CONFIG)
+    state = init_state(params, optax.adamw(1e-3), METHODS["rlsd"]().teachers, seed=0)
+    specs = jax.tree.map(lambda s: s.spec, sharding.of_state(state, mesh))
+    assert specs.params["layers"]["q"] == PartitionSpec(None, "fsdp", "tensor", None)
+    assert specs.params["layers"]["down"] == PartitionSpec(None, "tensor", "fsdp")
+    assert specs.params["layers"]["q_norm"] == PartitionSpec()
+    assert specs.opt_state[0].mu == specs.opt_state[0].nu == specs.params
+    assert specs.teachers["synced_10"] == specs.params
+    assert specs.step == PartitionSpec()
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    mesh = sharding.make_mesh(data=1, fsdp=3, tensor=2)
+    embed = sharding.of_state({"embed": np.zeros((20, 16))}, mesh)["embed"]
+    assert embed.spec == PartitionSpec("tensor", None)
+
+
+def test_a_sharded_sampler_draws_the_same_tokens(mesh):
+    params = model.init_params(jax.random.key(0), CONFIG)
+    prompt, length = jnp.arange(24, dtype=jnp.int32).reshape(4, 6) % 18, jnp.array([6, 5, 4, 3])
+    sampling = SamplingConfig(max_response=5, stop_ids=(1,), pad_id=0)
+
+    def draw(params, prompt, length):
+        key = jax.random.key(1)
+        return sample(params, key, prompt, length, group_size=2, sampling=sampling, config=CONFIG)
+
+    one = draw(params, prompt, length)
+    split = draw(
+        jax.device_put(params, sharding.of_state(params, mesh)),
+        *jax.device_put((prompt, length), sharding.of_rows(mesh)),
+    )
+    np.testing.assert_array_equal(one.response, split.response)
+    np.testing.assert_allclose(one.logp_t, split.logp_t, atol=1e-5)
