@@ -20,27 +20,33 @@ def manager(folder: Path, keep: int) -> ocp.CheckpointManager:
 
 
 def save(
-    checkpoints: ocp.CheckpointManager, state: State, position: int, config: dict[str, Any]
+    checkpoints: ocp.CheckpointManager,
+    state: State,
+    position: int,
+    config: dict[str, Any],
+    seconds: dict[str, float],
 ) -> None:
     """Starts writing what follows the last update.
 
     Args:
       position: in the sequence of problems.
       config: of the run, as plain data.
+      seconds: spent so far, by phase.
     """
+    meta = {"config": config, "position": position, "seconds": dict(seconds)}
     checkpoints.save(
         int(state.step),
         args=ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            meta=ocp.args.JsonSave({"config": config, "position": position}),
+            meta=ocp.args.JsonSave(meta),
         ),
     )
 
 
 def restore(
     checkpoints: ocp.CheckpointManager, like: State, config: dict[str, Any], folder: Path
-) -> tuple[State, int] | None:
-    """State and position of the newest checkpoint, or None if there is none.
+) -> tuple[State, int, dict[str, float]] | None:
+    """State, position and seconds of the newest checkpoint, or None if there is none.
 
     Args:
       like: a state of the same shapes, types and shardings.
@@ -48,21 +54,35 @@ def restore(
       folder: of the run, for the message.
 
     Raises:
-      InputError: the checkpoint was written by a run with other settings.
+      InputError: the checkpoint was written by a run with other settings or another model, or
+        cannot be read.
     """
     step = checkpoints.latest_step()
     if step is None:
         return None
-    meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-    _check_same_run(meta["config"], config, folder)
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restored = checkpoints.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    )
-    return restored.state, meta["position"]
+    try:
+        meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        _check_same_run(meta["config"], config, folder)
+        restored = checkpoints.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        )
+    except InputError:
+        raise
+    except Exception as error:  # orbax and its storage layers raise whatever they meet
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"output_dir: checkpoint {step} in {folder} cannot be read or is of another model "
+            f"({reason[:200]}); remove it to continue from an earlier one"
+        ) from error
+    return restored.state, meta["position"], meta["seconds"]
 
 
-FREE = ("steps", "output_dir")  # a run may go on for longer, or from another folder
+# A run may go on for longer, from another folder, with other workers and other saves.
+FREE = (
+    *("steps", "output_dir", "model.path"),
+    *("verifier.workers", "checkpoint.every", "checkpoint.keep"),
+)
 
 
 def _check_same_run(old: dict, new: dict, folder: Path) -> None:

@@ -6,7 +6,9 @@ its factory; every other key must be one of `default()`, with a value of the sam
 """
 
 import inspect
+import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,23 +142,35 @@ def _is_a(value: Any, annotation: Any) -> bool:
         fits = isinstance(value, tuple | list) and len(value) == len(items)
         return fits and all(map(_is_a, value, items))
     if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
 
 
 def _check_templates(config: ConfigDict) -> None:
-    for name, fields in config.templates.items():
+    for name, fields in config.templates.to_dict().items():
         if name not in contexts.TEMPLATES:
             known = sorted(contexts.TEMPLATES)
             raise InputError(f"templates.{name}: unknown, expected one of {known}")
+        if not isinstance(fields, Mapping):
+            raise InputError(f"templates.{name}: expected user, system or tail, got {fields!r}")
         for field, text in fields.items():
             if field not in Template._fields:
                 raise InputError(
                     f"templates.{name}.{field}: unknown, expected one of {Template._fields}"
                 )
             _check_type(f"templates.{name}.{field}", text, str)
+            known = {"problem", *_slots("".join(contexts.TEMPLATES[name]))}
+            for slot in _slots(text) - known:
+                raise InputError(
+                    f"templates.{name}.{field}: unknown slot {{{slot}}}, expected {sorted(known)}"
+                )
+
+
+def _slots(text: str) -> set[str]:
+    return set(re.findall(r"\{(\w+)\}", text))
 
 
 def _check_ranges(config: ConfigDict) -> None:
@@ -180,6 +194,11 @@ def _check_ranges(config: ConfigDict) -> None:
         _expect(config, field, lambda x: x >= 0, "at least 0")
     for field in ("optimizer.learning_rate", "optimizer.clip_norm", "verifier.timeout_s"):
         _expect(config, field, lambda x: x > 0, "more than 0")
+    for field in ("optimizer.b1", "optimizer.b2"):
+        _expect(config, field, lambda x: 0 <= x < 1, "in [0, 1)")
+    _expect(config, "seed", lambda x: x < 2**32, "less than 2**32")
+    _expect(config, "optimizer.warmup_steps", lambda x: x >= 0, "at least 0")
+    _expect(config, "optimizer.eps", lambda x: x > 0, "more than 0")
     _expect(config, "rollout.temperature", lambda x: x > 0, "more than 0: RL needs sampling")
     _expect(config, "rollout.top_p", lambda x: 0 < x <= 1, "in (0, 1]")
     _expect(config, "optimizer.schedule", lambda x: x in SCHEDULES, f"one of {SCHEDULES}")

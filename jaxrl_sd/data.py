@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,10 +47,13 @@ def read_jsonl(path: Path) -> list[Problem]:
     if not path.is_file():
         raise InputError(f"data: expected 'countdown' or a JSON-lines file, got {path}")
     problems = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                problems.append(_problem(line, f"{path}:{number}"))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"data: {path}: expected UTF-8 text, {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            problems.append(_problem(line, f"{path}:{number}"))
     if not problems:
         raise InputError(f"data: expected at least one problem, got an empty file: {path}")
     return problems
@@ -64,18 +68,24 @@ def _problem(line: str, where: str) -> Problem:
         raise InputError(f"data: {where}: expected a JSON object, got {line[:60]!r}")
 
     def first(columns: Sequence[str]) -> str | None:
-        values = (row[c] for c in columns if row.get(c) not in (None, ""))
-        value = next(values, None)
-        return None if value is None else str(value)
+        for column in columns:
+            value = row.get(column)
+            if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+                raise InputError(f"data: {where}: {column}: expected text, got {value!r:.60}")
+            if value is not None and str(value).strip():
+                return str(value).strip()
+        return None
 
-    prompt, answer = first(PROMPT_COLUMNS), first(ANSWER_COLUMNS)
+    prompt, answer, solution = map(first, (PROMPT_COLUMNS, ANSWER_COLUMNS, SOLUTION_COLUMNS))
+    if answer is not None and "####" in answer:  # GSM8K: a worked solution, ####, the number
+        working, answer = (part.strip() for part in answer.rsplit("####", 1))
+        solution = solution or working or None
+        if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", answer):
+            answer = answer.replace(",", "")
     for value, columns in ((prompt, PROMPT_COLUMNS), (answer, ANSWER_COLUMNS)):
-        if value is None:
+        if not value:
             raise InputError(f"data: {where}: expected one of the fields {columns}, got {[*row]}")
-    if "####" in answer:  # GSM8K: the worked solution, then #### and the number
-        solution, answer = (part.strip() for part in answer.rsplit("####", 1))
-        return Problem(where, prompt, answer.replace(",", ""), solution)
-    return Problem(where, prompt, answer, first(SOLUTION_COLUMNS), row.get("verifier", "math"))
+    return Problem(where, prompt, answer, solution, str(row.get("verifier", "math")))
 
 
 def shuffled(problems: Sequence[Problem], seed: int) -> grain.MapDataset:

@@ -24,14 +24,16 @@ def describe(batch: Batch) -> dict[str, Array]:
     correct = groups.num_correct(r.correct, r.graded, r.group_size)
     graded = groups.num_graded(r.graded, r.group_size)
     mean = partial(losses.weighted_sum, weight_t=losses.token_mean(r.mask_t))
-    error_t = jnp.abs(batch.scores["old_logp"] - r.sampler_logp_t) * (r.mask_t != 0)
+    error_t = jnp.where(r.mask_t != 0, jnp.abs(batch.scores["old_logp"] - r.sampler_logp_t), 0.0)
+    known = graded > 0
+    of_groups = partial(losses.weighted_sum, weight_t=known / jnp.maximum(known.sum(), 1))
     adv_t, distill_t = batch.credit.adv_t, batch.credit.distill_t
     return {
         "rollout/accuracy": (r.correct * r.graded).sum() / jnp.maximum(r.graded.sum(), 1),
         "rollout/reward": (r.reward * r.graded).sum() / jnp.maximum(r.graded.sum(), 1),
-        "rollout/all_correct": (correct == graded).mean(where=graded > 0),
-        "rollout/all_wrong": (correct == 0).mean(where=graded > 0),
-        "rollout/mixed": ((correct > 0) & (correct < graded)).mean(where=graded > 0),
+        "rollout/all_correct": of_groups(correct == graded),
+        "rollout/all_wrong": of_groups(correct == 0),
+        "rollout/mixed": of_groups((correct > 0) & (correct < graded)),
         "rollout/entropy": mean(batch.scores["entropy"]),
         "rollout/sampler_logp_error_mean": mean(error_t),
         "rollout/sampler_logp_error_max": error_t.max(),

@@ -7,6 +7,7 @@ the samples drawn for them, not the seed of the training. With few problems it i
 has no width where all problems have the same value.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ def avg_at_k(correct: ArrayLike) -> Estimate:
 
     `correct` [N, k]: 1 or True, 0 or False, NaN or None where the verifier could not decide. Such
     samples count neither as correct nor as wrong, and a problem that has no other is left out.
-    Raises ValueError if no problem is left.
+    NaN if no problem is left.
     """
     return _estimate(_accuracy(correct))
 
@@ -40,7 +41,7 @@ def pass_at_k(correct: ArrayLike, k: int) -> Estimate:
 
     `correct` [N, n] as for `avg_at_k`. The unbiased estimator of Chen et al. (2021, arXiv
     2107.03374): 1 - C(n - c, k) / C(n, k) with c correct among n graded. A problem with fewer than
-    k graded samples is left out. Raises ValueError if k < 1 or no problem is left.
+    k graded samples is left out; NaN if none remains. Raises ValueError if k < 1.
     """
     if k < 1:
         raise ValueError(f"k: got {k}, expected at least 1")
@@ -57,8 +58,8 @@ def difference(before: ArrayLike, after: ArrayLike) -> Estimate:
     """Change of `avg_at_k` from `before` [N, k] to `after` [N, k'] on the same N problems.
 
     The bootstrap is paired: a problem brings both its values, so how hard it is cancels out. A
-    problem that lacks a graded sample on either side is left out. Raises ValueError if no problem
-    is left or the numbers of problems differ.
+    problem that lacks a graded sample on either side is left out. Raises ValueError if the numbers
+    of problems differ.
     """
     accuracy_before, accuracy_after = _accuracy(before), _accuracy(after)
     if accuracy_before.shape != accuracy_after.shape:
@@ -84,7 +85,7 @@ def _accuracy(correct: ArrayLike) -> np.ndarray:
 def _estimate(values: np.ndarray) -> Estimate:
     values = values[~np.isnan(values)]
     if not values.size:
-        raise ValueError("no problem has enough graded samples to estimate anything")
+        return Estimate(math.nan, math.nan, math.nan, 0)
     means = np.random.default_rng(SEED).choice(values, (RESAMPLES, values.size)).mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high), values.size)

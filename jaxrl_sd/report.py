@@ -1,6 +1,7 @@
 """The report of a finished run: `report.md`, `curves.png`, `credit.png` and `summary.json`."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +101,7 @@ def _results_table(results: dict[str, dict[str, float]]) -> str:
 
 
 def _percent(estimate: dict[str, float] | None) -> str:
-    if estimate is None:
+    if estimate is None or math.isnan(estimate["value"]):
         return "not measured"
     value, low, high = (100 * float(estimate[key]) for key in ("value", "low", "high"))
     return f"{value:.1f}% [{low:.1f}, {high:.1f}]"

@@ -1,5 +1,6 @@
 """Problems -> samples -> verdicts -> grades."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax
@@ -114,18 +115,21 @@ def measure(
     Returns:
       f64[N, k], 1 correct, 0 wrong, NaN where the verifier could not decide; and metrics.
     """
-    verdicts, length, truncated = [], [], []
+    verdicts, length, truncated, failures = [], [], [], Counter()
     for i in range(0, len(problems), batch):
         part = list(problems[i : i + batch])
         padded = part + part[-1:] * (batch - len(part))
         prompt = encode(padded, tokenizer, template, max_prompt)
         samples = jax.device_get(draw(jax.random.fold_in(key, i), *prompt))
-        groups, _ = verify(padded, samples, tokenizer, stop_ids, pool)
+        samples = Samples(**{name: x[: len(part)] for name, x in vars(samples).items()})
+        groups, counts = verify(part, samples, tokenizer, stop_ids, pool)
+        failures.update(counts)
         verdicts += [[np.nan if s.correct is None else s.correct for s in g] for g in groups]
-        length.append(samples.length[: len(part)])
-        truncated.append(samples.truncated[: len(part)])
+        length.append(samples.length)
+        truncated.append(samples.truncated)
     metrics = {
         "length": float(np.concatenate(length).mean()),
         "truncated": float(np.concatenate(truncated).mean()),
+        **failures,
     }
-    return np.array(verdicts[: len(problems)], np.float64), metrics
+    return np.array(verdicts, np.float64), metrics

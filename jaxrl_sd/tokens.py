@@ -64,13 +64,13 @@ def render(tokenizer, template: Template, slots: Mapping[str, str]) -> list[int]
 def render_within(
     tokenizer, template: Template, problem: str, privileged: Mapping[str, str], limit: int
 ) -> tuple[list[int], bool]:
-    """`render` in at most `limit` tokens; only the longest privileged slot is cut, from its end.
+    """`render` in at most `limit` tokens; only privileged slots are cut, the longest first.
 
     Returns:
       The ids, and whether privileged text was cut.
 
     Raises:
-      InputError: the prompt is too long even without that slot.
+      InputError: the prompt is too long even without privileged text.
     """
 
     def attempt(kept: int | None) -> list[int]:
@@ -83,7 +83,10 @@ def render_within(
     if len(ids) <= limit:
         return ids, False
     longest = max(privileged, key=lambda name: len(privileged[name]), default=None)
-    if longest is None or len(attempt(0)) > limit:
+    if longest and privileged[longest] and len(attempt(0)) > limit:
+        rest = {**privileged, longest: ""}
+        return render_within(tokenizer, template, problem, rest, limit)[0], True
+    if not longest or not privileged[longest]:
         raise InputError(
             f"prompt: {len(ids)} tokens, expected at most {limit}, for the problem {problem[:80]!r}"
         )

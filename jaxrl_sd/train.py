@@ -10,7 +10,7 @@ import json
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from jaxrl_sd import (
     rollout,
     sampler,
     sharding,
+    tokens,
     weights,
 )
 from jaxrl_sd import config as configuration
@@ -40,7 +41,7 @@ from jaxrl_sd.metrics import Writer
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.sampler import SamplingConfig
 from jaxrl_sd.tokens import Template, load_tokenizer, stop_ids
-from jaxrl_sd.types import Batch, InputError, Params, Problem
+from jaxrl_sd.types import Batch, InputError, Params, Problem, Sample
 from jaxrl_sd.update import State, Steps, init_state, make_steps
 from jaxrl_sd.verify import VERIFIERS
 from jaxrl_sd.verify.pool import VerifierPool
@@ -73,6 +74,11 @@ class Clock:
     def __init__(self):
         self.seconds = defaultdict(float)
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Counts what an earlier process of the same run has spent."""
+        for phase, spent in seconds.items():
+            self.seconds[phase] += spent
+
     @contextmanager
     def __call__(self, phase: str):
         start = time.perf_counter()
@@ -95,7 +101,8 @@ def train(config: ConfigDict) -> dict[str, Any]:
     with clock("start"):
         run = prepare(config)
         checkpoints = checkpoint.manager(run.folder / "checkpoints", config.checkpoint.keep)
-        state, position = start_or_resume(run, checkpoints)
+        state, position, seconds = start_or_resume(run, checkpoints)
+    clock.add(seconds)
     first = int(state.step)
     with (
         checkpoints,
@@ -144,7 +151,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
                 assess(step + 1)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 with clock("save"):
-                    checkpoint.save(checkpoints, state, position, settings(config))
+                    checkpoint.save(checkpoints, state, position, settings(config), clock.seconds)
         with clock("save"):
             checkpoints.wait_until_finished()
             export(run, state)
@@ -215,7 +222,10 @@ def check_problems(
     Raises:
       InputError: naming the problem.
     """
-    rollout.encode(problems, tokenizer, template, config.rollout.max_prompt)
+    try:
+        rollout.encode(problems, tokenizer, template, config.rollout.max_prompt)
+    except InputError as error:
+        raise InputError(f"rollout.max_prompt: {error}") from error
     for problem in problems:
         if problem.verifier not in VERIFIERS:
             raise InputError(
@@ -230,21 +240,46 @@ def check_problems(
                         f"data: {problem.id}: {config.method.name} shows its {name} the {field} "
                         f"of each problem, and this one has none"
                     )
+        check_hints_fit(problems, name, teacher, tokenizer, configuration.templates(config), config)
 
 
-def start_or_resume(run: Run, checkpoints) -> tuple[State, int]:
-    """The state to go on from, and the position in the sequence of problems."""
+def check_hints_fit(problems, name, teacher, tokenizer, templates, config) -> None:
+    """The longest problem leaves room for each wording that this teacher can be shown."""
+    longest = max(problems, key=lambda problem: len(problem.prompt))
+    # All verdict patterns that a context can tell apart: nobody, somebody, several were right.
+    verdicts = [[False] * 4, [True] + [False] * 3, [True, True, False, False], [True] * 4]
+    for group in verdicts:
+        samples = [Sample((), "", correct, False) for correct in group]
+        for hint in teacher.context.write(longest, samples, np.random.default_rng(0)):
+            hint = hint or contexts.Hint("nothing")
+            empty = dict.fromkeys(hint.slots, "")
+            try:
+                tokens.render_within(
+                    tokenizer,
+                    templates[hint.template],
+                    longest.prompt,
+                    empty,
+                    config.rollout.max_hint_prompt,
+                )
+            except InputError as error:
+                raise InputError(
+                    f"rollout.max_hint_prompt: {name}, template {hint.template}: {error}"
+                ) from error
+
+
+def start_or_resume(run: Run, checkpoints) -> tuple[State, int, dict[str, float]]:
+    """The state to go on from, the position in the sequence of problems, and seconds spent."""
     optimizer = configuration.optimizer(run.config)
     state = init_state(run.params, optimizer, run.method.teachers, run.config.seed)
     state = jax.device_put(state, sharding.of_state(state, run.mesh))
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
-    state, position = restored or (state, 0)
+    state, position, seconds = restored or (state, 0, {})
     if state.step > run.config.steps:
         raise InputError(
             f"steps: expected at least the {state.step} that the run in {run.folder} has, "
             f"got {run.config.steps}"
         )
-    return state, position
+    return state, position, seconds
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:

@@ -49,6 +49,9 @@ def test_the_default_is_valid_for_every_method(config):
         ("templates.anwser", {"user": ""}, "templates.anwser: unknown, expected .*'answer'"),
         ("templates.answer", {"usr": ""}, "templates.answer.usr: unknown, expected"),
         ("output_dir", "/dev/null/run", "output_dir: expected a folder .* /dev/null/run"),
+        ("templates.answer.user", "{problem} try {anwser}", "unknown slot {anwser}"),
+        ("optimizer.b1", 1.0, r"optimizer.b1: expected in \[0, 1\), got 1.0"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate: expected float"),
         ("rollout", 3, "rollout: expected a group of settings, got 3"),
     ],
 )
@@ -84,6 +87,12 @@ def problems(tmp_path):
 def test_a_prompt_over_the_limit_is_named(config, problems):
     config.data.train = problems({"prompt": "1 2 3 " * 30, "answer": "6"})
     with pytest.raises(InputError, match=r"prompt: \d+ tokens, expected at most 12.*'1 2 3"):
+        prepare(config)
+
+
+def test_a_hint_without_room_is_named(config):
+    config.rollout.max_hint_prompt = 7
+    with pytest.raises(InputError, match=r"rollout.max_hint_prompt: teacher, template answer"):
         prepare(config)
 
 

@@ -20,10 +20,12 @@ def test_usual_column_names_are_recognised(tmp_path):
         {"problem": "1+1?", "answer": 2, "solution": "one and one"},
         {"question": "Half of 5,000?", "answer": "Half of 5000 is\n#### 2,500"},
         {"prompt": "x?", "ground_truth": "\\frac{1}{2}"},
+        {"prompt": "point?", "answer": "see\n#### (1,2)"},
     )
-    first, second, third = data.read_jsonl(path)
+    first, second, third, fourth = data.read_jsonl(path)
     assert (first.prompt, first.answer, first.solution) == ("1+1?", "2", "one and one")
     assert (second.answer, second.solution) == ("2500", "Half of 5000 is")
+    assert fourth.answer == "(1,2)"
     assert (third.answer, third.solution, third.verifier) == ("\\frac{1}{2}", None, "math")
 
 
@@ -36,6 +38,9 @@ def test_usual_column_names_are_recognised(tmp_path):
         (({"answer": "1"},), r"expected one of the fields \('prompt'"),
         (("{not json",), "jsonl:1: expected a JSON object"),
         (("[1, 2]",), "jsonl:1: expected a JSON object"),
+        (({"prompt": [{"role": "user"}], "answer": 1},), "prompt: expected text"),
+        (({"prompt": "x", "answer": True},), "answer: expected text, got True"),
+        (({"prompt": "x", "answer": "so ####"},), r"expected one of the fields \('answer'"),
     ],
 )
 def test_bad_files_are_named(tmp_path, rows, message):

@@ -49,7 +49,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     config.steps = 1
     with pytest.raises(InputError, match="steps: expected at least the 2"):
         train(config)
-    config.steps, config.optimizer.learning_rate = 2, 1e-5
+    config.steps = 2
+    assert train(config)["seconds"]["update"] > 1  # spent before, not lost
+    config.optimizer.learning_rate = 1e-5
     with pytest.raises(InputError, match=r"optimizer.learning_rate = 0.0\d+, got 1e-05"):
         train(config)
 

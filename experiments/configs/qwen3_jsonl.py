@@ -11,7 +11,7 @@ chosen for 8 billion parameters; reduce `rollout.prompts` and the lengths to wha
 
 from ml_collections import ConfigDict
 
-from jaxrl_sd import config
+from jaxrl_sd import config, contexts
 
 
 def get_config():
@@ -21,7 +21,7 @@ def get_config():
     c.output_dir = "runs/qwen3"
     c.data.num_train = c.data.num_test = 0
     c.data.suffix = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-    c.templates = ConfigDict()  # the wordings of jaxrl_sd/contexts.py
+    c.templates = ConfigDict({name: t._asdict() for name, t in contexts.TEMPLATES.items()})
     c.rollout.prompts, c.rollout.group_size = 256, 8
     c.rollout.max_prompt, c.rollout.max_hint_prompt, c.rollout.max_response = 1024, 2048, 4096
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-6, 0

@@ -9,7 +9,7 @@ Deviations from the paper:
     equation is followed.
   - tau is not tuned in the paper and 0.05 to 1e-7 in the released scripts; 0.05 here.
   - The paper's sampling temperature 1.1 (which also divides both logits in the loss) is a setting
-    of the run, `sampling.temperature`, not of the method.
+    of the run, `rollout.temperature`, not of the method.
 """
 
 from jaxrl_sd import contexts, stats, teachers
