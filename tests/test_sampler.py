@@ -26,7 +26,7 @@ def params():
 @pytest.fixture(scope="module")
 def prompt():
     tokens = np.random.default_rng(0).integers(3, V, (P, S))
-    return jnp.asarray(np.where(np.arange(S) < S - LENGTH[:, None], 0, tokens), jnp.int32)
+    return jnp.asarray(np.where(np.arange(S) < S - np.asarray(LENGTH)[:, None], 0, tokens), jnp.int32)
 
 
 def draw(params, prompt, sampling=PLAIN, key=0, group_size=G):
@@ -53,7 +53,7 @@ def pick(logp, token):
 
 
 def valid(samples):
-    return jnp.arange(T) < samples.length[..., None]
+    return np.arange(T) < np.asarray(samples.length)[..., None]
 
 
 def test_greedy_takes_the_trainers_likeliest_token(params, prompt):
