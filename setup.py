@@ -15,6 +15,7 @@ setup(
         "flax>=0.12.8",
         "grain>=0.2.18",
         "jax>=0.10.2",
+        "jinja2>=3.1",
         "math-verify>=0.9.0",
         "matplotlib>=3.11",
         "ml_collections>=1.1",

@@ -26,7 +26,9 @@ def params():
 @pytest.fixture(scope="module")
 def prompt():
     tokens = np.random.default_rng(0).integers(3, V, (P, S))
-    return jnp.asarray(np.where(np.arange(S) < S - np.asarray(LENGTH)[:, None], 0, tokens), jnp.int32)
+    return jnp.asarray(
+        np.where(np.arange(S) < S - np.asarray(LENGTH)[:, None], 0, tokens), jnp.int32
+    )
 
 
 def draw(params, prompt, sampling=PLAIN, key=0, group_size=G):
