@@ -78,9 +78,9 @@ def restore(
     return restored.state, meta["position"], meta["seconds"]
 
 
-# A run may go on for longer, from another folder, with other workers and other saves.
+# A run may go on for longer, from another folder, with other workers, other limits and saves.
 FREE = (
-    *("steps", "output_dir", "model.path"),
+    *("steps", "output_dir", "model.path", "rollout.max_rounds"),
     *("verifier.workers", "checkpoint.every", "checkpoint.keep"),
 )
 

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 from jaxrl_sd import contexts, countdown
-from jaxrl_sd.methods import METHODS, Method
+from jaxrl_sd.methods import METHODS, PRESETS, Method
+from jaxrl_sd.methods.base import IMPORTANCE, Verdicts, add_importance_weight
 from jaxrl_sd.tokens import Template
 from jaxrl_sd.types import InputError
 
@@ -31,7 +33,7 @@ def default() -> ConfigDict:
     """The main job: RLSD on countdown with the tiny model that ships with the package."""
     config = ConfigDict()
     config.seed = 0
-    config.steps = 60  # updates
+    config.steps = 60  # batches of rollouts; `step` counts them everywhere
     config.output_dir = "runs/tiny"
     config.method = ConfigDict({"name": "rlsd"})
     config.model = ConfigDict({"path": TINY_MODEL})  # a folder in Hugging Face format
@@ -54,6 +56,7 @@ def default() -> ConfigDict:
     config.rollout.temperature = 1.0
     config.rollout.top_k = 0  # 0: the whole vocabulary
     config.rollout.top_p = 1.0
+    config.rollout.max_rounds = 10  # of P prompts a step, for methods that drop groups
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 5e-4
@@ -65,6 +68,12 @@ def default() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip_norm = 1.0  # of the whole gradient
+    config.optimizer.mini_batches = 1  # parts of a batch, each one optimiser update
+    config.optimizer.epochs = 1  # passes over a batch
+
+    config.importance = ConfigDict()  # truncated ratio of trainer to sampler, in the loss
+    config.importance.level = "none"  # none, token or sequence
+    config.importance.cap = 2.0
 
     config.compute = ConfigDict()
     config.compute.micro_batches = 1  # parts of a batch whose gradients are added up
@@ -73,11 +82,11 @@ def default() -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})  # devices along each axis
 
     config.evaluation = ConfigDict()
-    config.evaluation.every = 20  # updates; the start and the end are always evaluated
+    config.evaluation.every = 20  # steps; the start and the end are always evaluated
     config.evaluation.samples = 4  # k of avg@k and pass@k, at the rollout's sampling settings
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 20  # updates
+    config.checkpoint.every = 20  # steps
     config.checkpoint.keep = 2
 
     config.verifier = ConfigDict()
@@ -104,8 +113,11 @@ def check(config: ConfigDict) -> Method:
             f"rollout.group_size: {config.method.name} compares the answers of a group and needs "
             f"at least {method.min_group_size}, got {group_size}"
         )
+    _check_grading(config, method)
     _check_writable(Path(config.output_dir))
-    return method
+    if config.importance.level == "none":
+        return method
+    return add_importance_weight(method, **config.importance)
 
 
 FREE_FORM = ("method", "templates")  # keys are not those of `default()`
@@ -186,7 +198,8 @@ def _check_ranges(config: ConfigDict) -> None:
             "evaluation.samples",
             "checkpoint.every",
         ),
-        *("checkpoint.keep", "verifier.workers"),
+        *("checkpoint.keep", "verifier.workers", "rollout.max_rounds"),
+        *("optimizer.mini_batches", "optimizer.epochs"),
     )
     for field in at_least_1:
         _expect(config, field, lambda x: x >= 1, "at least 1")
@@ -202,7 +215,17 @@ def _check_ranges(config: ConfigDict) -> None:
     _expect(config, "rollout.temperature", lambda x: x > 0, "more than 0: RL needs sampling")
     _expect(config, "rollout.top_p", lambda x: 0 < x <= 1, "in (0, 1]")
     _expect(config, "optimizer.schedule", lambda x: x in SCHEDULES, f"one of {SCHEDULES}")
-    rows = config.rollout.prompts * config.rollout.group_size
+    levels = ("none", *IMPORTANCE)
+    _expect(config, "importance.level", lambda x: x in levels, f"one of {levels}")
+    _expect(config, "importance.cap", lambda x: x > 0, "more than 0")
+    prompts, parts = config.rollout.prompts, config.optimizer.mini_batches
+    _expect(
+        config,
+        "optimizer.mini_batches",
+        lambda x: prompts % x == 0,
+        f"a divisor of {prompts} prompts",
+    )
+    rows = prompts // parts * config.rollout.group_size
     _expect(config, "compute.micro_batches", lambda x: rows % x == 0, f"a divisor of {rows} rows")
     split = config.mesh.data * config.mesh.fsdp
     _expect(config, "rollout.prompts", lambda x: x % split == 0, f"a multiple of {split} devices")
@@ -219,17 +242,33 @@ def _expect(config: ConfigDict, field: str, holds, expected: str) -> None:
 def _method(config: ConfigDict) -> Method:
     hyper = config.method.to_dict()
     name = hyper.pop("name", None)
-    if name not in METHODS:
-        raise InputError(f"method.name: expected one of {sorted(METHODS)}, got {name!r}")
-    factory = METHODS[name]
-    allowed = [p for p in inspect.signature(factory).parameters]
-    types = get_type_hints(factory)
+    factories = METHODS | PRESETS
+    if name not in factories:
+        raise InputError(f"method.name: expected one of {sorted(factories)}, got {name!r}")
+    factory = factories[name]
+    allowed = inspect.signature(factory).parameters
+    types = get_type_hints(getattr(factory, "func", factory))  # a preset is a partial
     for key, value in hyper.items():
         if key not in allowed:
             raise InputError(f"method.{key}: {name} has {sorted(allowed)}, got {key!r}")
         _check_type(f"method.{key}", value, types[key])
+    for key, parameter in allowed.items():
+        if parameter.default is parameter.empty and key not in hyper:
+            raise InputError(f"method.{key}: {name} cannot do without it")
     try:
         return factory(**hyper)
+    except ValueError as error:
+        raise InputError(f"method.{error}") from error
+
+
+def _check_grading(config: ConfigDict, method: Method) -> None:
+    """Lets the method grade a made-up group, so that it can refuse the run's lengths."""
+    G, nothing = config.rollout.group_size, np.zeros(config.rollout.group_size, int)
+    verdicts = Verdicts(
+        nothing > 0, nothing == 0, nothing, nothing > 0, G, config.rollout.max_response
+    )
+    try:
+        method.grade(verdicts)
     except ValueError as error:
         raise InputError(f"method.{error}") from error
 
@@ -256,6 +295,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """AdamW on the clipped gradient, with warm-up and schedule."""
     c = config.optimizer
     decay_steps = max(config.steps - c.warmup_steps, 1)
+    updates = c.mini_batches * c.epochs  # a step; schedules count steps
     after = {
         "constant": optax.constant_schedule(c.learning_rate),
         "linear": optax.linear_schedule(
@@ -270,5 +310,7 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
     rate = optax.join_schedules([warmup, after], [c.warmup_steps])
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
-        optax.adamw(rate, c.b1, c.b2, c.eps, weight_decay=c.weight_decay),
+        optax.adamw(
+            lambda count: rate(count // updates), c.b1, c.b2, c.eps, weight_decay=c.weight_decay
+        ),
     )

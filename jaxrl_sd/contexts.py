@@ -6,6 +6,7 @@ are plain data that the user may replace, so a method says *what* is shown and n
 worded. `write` turns hints into token prompts.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -75,6 +76,19 @@ TEMPLATES = {
         "correct.\n\n### Reference Attempt\n{peer}\n\nTake it as inspiration only and write "
         "your own complete solution."
     ),
+    # SDPO Table 2.
+    "correct_solution": Template(
+        "{problem}\n\nCorrect solution:\n\n{peer}\n\nCorrectly solve the original question."
+    ),
+    "feedback": Template(
+        "{problem}\n\nFeedback on an earlier attempt of yours, which failed:\n\n{feedback}\n\n"
+        "Correctly solve the original question."
+    ),
+    # SDFT.
+    "demonstration": Template(
+        "{problem}\n\nThis is an example of a response to the question:\n\n{solution}\n\n"
+        "Now answer with a response of your own, including the thinking process."
+    ),
 }
 
 
@@ -104,6 +118,13 @@ def solution() -> Context:
     )
 
 
+def demonstration() -> Context:
+    """A reference solution, announced as an example (SDFT)."""
+    return _every_sample(
+        lambda problem: Hint("demonstration", {"solution": problem.solution}), ("solution",)
+    )
+
+
 def answer_and_solution() -> Context:
     """The final answer and a worked solution (SDPG)."""
     return _every_sample(
@@ -128,6 +149,30 @@ def verified_sibling() -> Context:
     def write(problem, samples, rng):
         peers = [draw_peer(samples, i, rng, correct=True) for i in range(len(samples))]
         return [None if j is None else Hint("peer", {"peer": samples[j].text}, j) for j in peers]
+
+    return Context(write)
+
+
+_THOUGHTS = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+
+
+def sibling_or_feedback() -> Context:
+    """The first correct response of the group that is not the row's own, without its thoughts.
+
+    Where there is none, what the verifier said about the row's own failed attempt; where it said
+    nothing, silence. SDPO (2601.20802) Table 2, with the routing of its released configuration.
+    """
+
+    def write(problem, samples, rng):
+        def hint(i):
+            for j, sample in enumerate(samples):
+                if j != i and sample.correct is True:
+                    return Hint("correct_solution", {"peer": _THOUGHTS.sub("", sample.text)}, j)
+            if samples[i].correct is False and samples[i].feedback:
+                return Hint("feedback", {"feedback": samples[i].feedback})
+            return None
+
+        return [hint(i) for i in range(len(samples))]
 
     return Context(write)
 

@@ -45,6 +45,8 @@ TEMPLATES = {
     "answer_peer": {"user": "{problem} try {answer} peer {peer}"},
     "peer": {"user": "{problem} peer {peer}"},
     "attempt": {"user": "{problem} peer {peer}"},
+    "correct_solution": {"user": "{problem} peer {peer}"},
+    "demonstration": {"user": "{problem} see {solution}"},
     "marker": {"user": "{problem}", "tail": " think"},
 }
 

@@ -1,11 +1,12 @@
 """Numbers that say whether a run is healthy. They change nothing."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_sd import groups, losses, stats
+from jaxrl_sd import losses, stats
 from jaxrl_sd.methods.base import Method
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.scoring import token_stats
@@ -15,25 +16,17 @@ from jaxrl_sd.update import State, teacher_params
 
 @jax.jit
 def describe(batch: Batch) -> dict[str, Array]:
-    """Scalars of a credited batch: groups, rewards, lengths, entropy, advantages, sampler error.
+    """Scalars of a credited batch: reward, entropy, advantages, sampler error.
 
     `rollout/sampler_logp_error_*` compares the sampler's and the trainer's log-probability of the
     same tokens under the same weights: what is left is rounding, or a bug.
     """
     r = batch.rollouts
-    correct = groups.num_correct(r.correct, r.graded, r.group_size)
-    graded = groups.num_graded(r.graded, r.group_size)
     mean = partial(losses.weighted_sum, weight_t=losses.token_mean(r.mask_t))
     error_t = jnp.where(r.mask_t != 0, jnp.abs(batch.scores["old_logp"] - r.sampler_logp_t), 0.0)
-    known = graded > 0
-    of_groups = partial(losses.weighted_sum, weight_t=known / jnp.maximum(known.sum(), 1))
     adv_t, distill_t = batch.credit.adv_t, batch.credit.distill_t
     return {
-        "rollout/accuracy": (r.correct * r.graded).sum() / jnp.maximum(r.graded.sum(), 1),
         "rollout/reward": (r.reward * r.graded).sum() / jnp.maximum(r.graded.sum(), 1),
-        "rollout/all_correct": of_groups(correct == graded),
-        "rollout/all_wrong": of_groups(correct == 0),
-        "rollout/mixed": of_groups((correct > 0) & (correct < graded)),
         "rollout/entropy": mean(batch.scores["entropy"]),
         "rollout/sampler_logp_error_mean": mean(error_t),
         "rollout/sampler_logp_error_max": error_t.max(),
@@ -44,7 +37,7 @@ def describe(batch: Batch) -> dict[str, Array]:
     }
 
 
-def make_gaps(method: Method, config: ModelConfig, temperature: float, chunk: int):
+def make_gaps(method: Method, configs: Mapping[str, ModelConfig], temperature: float, chunk: int):
     """A jitted (state, batch) -> {teacher: f32[B, T]}: log p_T - log p_S of the sampled tokens.
 
     For pictures, whatever the method itself computes.
@@ -53,8 +46,8 @@ def make_gaps(method: Method, config: ModelConfig, temperature: float, chunk: in
 
     @jax.jit
     def gaps(state: State, batch: Batch) -> dict[str, Array]:
-        teachers = teacher_params(method.teachers, state)
-        return token_stats(requests, state.params, teachers, batch, config, temperature, chunk)
+        teachers = teacher_params(method.teachers, state.teachers, state.params)
+        return token_stats(requests, state.params, teachers, batch, configs, temperature, chunk)
 
     return gaps
 

@@ -55,7 +55,8 @@ def standardized(
     deviation = by_group(centered(reward, graded, group_size), group_size)
     n = by_group(graded, group_size).sum(axis=1, keepdims=True)
     variance = (deviation**2).sum(axis=1, keepdims=True) / jnp.maximum(n - ddof, 1)
-    return (deviation / (jnp.sqrt(variance) + eps)).reshape(-1)
+    # Without the guard, eps=0 would make NaN of equal rewards.
+    return (deviation / jnp.where(variance > 0, jnp.sqrt(variance) + eps, 1.0)).reshape(-1)
 
 
 def leave_one_out(reward: Array, graded: Array, group_size: int) -> Array:

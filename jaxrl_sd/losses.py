@@ -42,6 +42,15 @@ def _clipped(rho, adv_t, clip_low, clip_high, dual_clip=None):
     return jnp.where(adv_t < 0, jnp.minimum(loss_t, -dual_clip * adv_t), loss_t)
 
 
+def clipped(
+    logp_t: Array, old_logp_t: Array, adv_t: Array, clip_low: float, clip_high: float
+) -> Array:
+    """1 where `ppo` is clipped and its token has no gradient, else 0; f32[..., T], for logging."""
+    rho = jnp.exp(_log_ratio(logp_t, old_logp_t))
+    above, below = (adv_t > 0) & (rho > 1 + clip_high), (adv_t < 0) & (rho < 1 - clip_low)
+    return (above | below).astype(jnp.float32)
+
+
 def sequence_ratio(logp_t: Array, old_logp_t: Array, mask_t: Array) -> Array:
     """Geometric mean of the token ratios, f32[B, 1] from f32[B, T]. GSPO (2507.18071) Eq. 7."""
     log_ratio = jnp.where(mask_t != 0, _log_ratio(logp_t, old_logp_t), 0.0)
@@ -77,6 +86,27 @@ def cispo(logp_t: Array, old_logp_t: Array, adv_t: Array, max_ratio: float) -> A
 def reinforce(logp_t: Array, adv_t: Array) -> Array:
     """-A log pi. SDPG Eq. 2.2."""
     return -jax.lax.stop_gradient(adv_t) * logp_t
+
+
+# Importance weights for samples that were not drawn from exactly softmax(logits / temperature) of
+# the trainer: another kernel or precision, stale weights, top-k or top-p. They multiply the loss.
+
+
+def token_importance(logp_t: Array, sampled_logp_t: Array, mask_t: Array, cap: float) -> Array:
+    """min(exp(logp - sampled_logp), cap) of each token, detached; f32[B, T], 1 where masked.
+
+    Truncated importance sampling: verl and TRL with the sampler's log-probabilities, SDPO's
+    `is_clip` with those of the policy at the start of the step.
+    """
+    log_ratio = jnp.where(mask_t != 0, _log_ratio(logp_t, sampled_logp_t), 0.0)
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), cap))
+
+
+def sequence_importance(logp_t: Array, sampled_logp_t: Array, mask_t: Array, cap: float) -> Array:
+    """min(prod_t exp(logp - sampled_logp), cap) of each response, detached; f32[B, 1]."""
+    log_ratio = row_sum(logp_t - sampled_logp_t, mask_t)[:, None]
+    ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+    return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
 
 
 # Penalties on the sampled token. log w = logp_t - ref_logp_t. What each one's *gradient* estimates
@@ -148,6 +178,11 @@ def sequence_sum(mask_t: Array) -> Array:
 def constant_length(max_length: int):
     """Sum over tokens divided by rows x `max_length`. Dr.GRPO's code."""
     return lambda mask_t: sequence_sum(mask_t) / max_length
+
+
+def row_sum(x_t: Array, mask_t: Array) -> Array:
+    """Sum over each row's tokens, f32[B], where a mask of 0 silences even NaN."""
+    return jnp.where(mask_t != 0, x_t, 0.0).sum(axis=1)
 
 
 def weighted_sum(x_t: Array, weight_t: Array) -> Array:

@@ -15,9 +15,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxrl_sd import vocabulary
 from jaxrl_sd.types import Array, Params
-
-MASKED = -1e30  # finite, so that 0 * (MASKED - MASKED) is 0 and not NaN
+from jaxrl_sd.vocabulary import MASKED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +162,14 @@ def response_hidden(
     return rms_norm(x[:, S - 1 :], params["final_norm"], config.rms_norm_eps)
 
 
+def head(params: Params, config: ModelConfig) -> Array:
+    """The matrix [V, D] from hidden states to logits."""
+    return params["embed"] if config.tie_embeddings else params["head"]
+
+
 def logits(params: Params, hidden: Array, config: ModelConfig) -> Array:
     """float32 logits [..., V] of hidden states [..., D]; padding rows of the head are masked."""
-    head = params["embed"] if config.tie_embeddings else params["head"]
-    out = jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-    return out.at[..., config.num_tokens :].set(MASKED)
+    return vocabulary.logits(hidden, head(params, config), config.num_tokens)
 
 
 def prefill(

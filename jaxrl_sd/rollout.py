@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxrl_sd import tokens
-from jaxrl_sd.methods.base import Grades
+from jaxrl_sd.methods.base import Grades, Verdicts
 from jaxrl_sd.sampler import Samples
 from jaxrl_sd.tokens import Template
 from jaxrl_sd.types import Array, Problem, Rollouts, Sample
@@ -52,7 +52,7 @@ def verify(
         [(p.verifier, p.prompt, p.answer, text) for p, text in zip(asked, texts, strict=True)]
     )
     out = [
-        Sample(row, text, verdict.correct, bool(truncated))
+        Sample(row, text, verdict.correct, bool(truncated), verdict.feedback)
         for row, text, verdict, truncated in zip(
             ids, texts, verdicts, samples.truncated.ravel(), strict=True
         )
@@ -70,28 +70,71 @@ def grade(
     prompt_length: np.ndarray,
     samples: Samples,
     groups: Sequence[Sequence[Sample]],
-    rule: Callable[[np.ndarray, np.ndarray], Grades],
-) -> Rollouts:
-    """The rows of a batch: rewards by the method's rule, masks from lengths (never from ids)."""
+    rule: Callable[[Verdicts], Grades],
+) -> tuple[Rollouts, np.ndarray]:
+    """The rows of a batch, and which of its groups to keep, bool[P].
+
+    Rewards come from the method's rule, masks from lengths (never from ids).
+    """
     P, G, T = samples.response.shape
     rows = [sample for group in groups for sample in group]
-    graded = np.array([s.correct is not None for s in rows])
-    correct = np.array([s.correct is True for s in rows])
-    grades = rule(correct, samples.truncated.reshape(-1))
-    trained = graded & grades.trained
-    mask_t = (np.arange(T) < samples.length.reshape(-1, 1)) & trained[:, None]
-    return Rollouts(
+    verdicts = Verdicts(
+        correct=np.array([s.correct is True for s in rows]),
+        graded=np.array([s.correct is not None for s in rows]),
+        length=samples.length.reshape(-1),
+        truncated=samples.truncated.reshape(-1),
+        group_size=G,
+        max_length=T,
+    )
+    grades = rule(verdicts)
+    trained = verdicts.graded & grades.trained
+    mask_t = (np.arange(T) < verdicts.length[:, None]) & trained[:, None]
+    rollouts = Rollouts(
         prompt=np.repeat(prompt, G, axis=0),
         prompt_length=np.repeat(prompt_length, G),
         response=samples.response.reshape(P * G, T),
         mask_t=mask_t.astype(np.float32),
         sampler_logp_t=samples.logp_t.reshape(P * G, T),
         behaviour_logp_t=samples.behaviour_logp_t.reshape(P * G, T),
-        reward=grades.reward,
-        correct=correct.astype(np.float32),
-        graded=graded.astype(np.float32),
+        reward=grades.reward.astype(np.float32),
+        correct=verdicts.correct.astype(np.float32),
+        graded=verdicts.graded.astype(np.float32),
         group_size=G,
     )
+    return rollouts, grades.kept
+
+
+def keep(rollouts: Rollouts, kept: np.ndarray) -> Rollouts:
+    """The rows of the groups with kept [P] true."""
+    rows = np.repeat(kept, rollouts.group_size)
+    return jax.tree.map(lambda x: x[rows], rollouts)
+
+
+def join(parts: Sequence[Rollouts], num_groups: int) -> Rollouts:
+    """The first `num_groups` groups of several batches."""
+    rows = num_groups * parts[0].group_size
+    return jax.tree.map(lambda *x: np.concatenate(x)[:rows], *parts)
+
+
+def describe(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
+    """Accuracy, kinds of groups, length and truncation of everything that was sampled."""
+    samples = [sample for group in groups for sample in group]
+    verdicts = [[s.correct for s in group if s.correct is not None] for group in groups]
+    shares = [np.mean(group) for group in verdicts if group]
+    graded = [verdict for group in verdicts for verdict in group]
+
+    def mean(values) -> float:
+        return float(np.mean(values)) if len(values) else 0.0
+
+    return {
+        "rollout/accuracy": mean(graded),
+        "rollout/all_correct": mean([share == 1 for share in shares]),
+        "rollout/all_wrong": mean([share == 0 for share in shares]),
+        "rollout/mixed": mean([0 < share < 1 for share in shares]),
+        "rollout/length": mean([len(s.ids) for s in samples]),
+        "rollout/truncated": mean([s.truncated for s in samples]),
+        "rollout/ungraded": mean([s.correct is None for s in samples]),
+    }
 
 
 def measure(

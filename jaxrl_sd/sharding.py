@@ -81,9 +81,12 @@ def of_state(state: Any, mesh: Mesh) -> Any:
 
     def sharding(path, leaf):
         name = getattr(path[-1], "key", None) if path else None
-        entries = zip(mesh_axes(PARAM_AXES.get(name, ())), np.shape(leaf), strict=False)
-        fitting = [axes if size % _devices(mesh, axes) == 0 else () for axes, size in entries]
-        return NamedSharding(mesh, PartitionSpec(*fitting))
+        axes = zip(mesh_axes(PARAM_AXES.get(name, ())), np.shape(leaf), strict=False)
+        entries = [names if _splits(mesh, names, size) else () for names, size in axes]
+        # Written as XLA writes it, so that what an update returns does not compile it again.
+        while entries and not entries[-1]:
+            entries.pop()
+        return NamedSharding(mesh, PartitionSpec(*entries))
 
     return jax.tree.map_with_path(sharding, state)
 
@@ -93,5 +96,6 @@ def of_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*mesh_axes(("rows",))))
 
 
-def _devices(mesh: Mesh, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
+def _splits(mesh: Mesh, axes: tuple[str, ...], size: int) -> bool:
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    return devices > 1 and size % devices == 0

@@ -10,10 +10,11 @@ p the teacher. Directions are named by formula, since papers use "forward" and "
 
 Everything is computed in float32 whatever the inputs' type: the gaps and divergences these methods
 use are as small as bfloat16's rounding. Vocabulary padding must carry large finite negative logits
-(`model.MASKED`), not -inf.
+(`vocabulary.MASKED`), not -inf.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,24 +39,41 @@ def _pick(logits: Array, token: Array) -> Array:
 
 
 def log_prob(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
-    """log q(token)."""
+    """log q(token).
+
+    >>> print(f"{log_prob(jnp.log(jnp.array([0.9, 0.1])), None, jnp.array(1)):.4f}")
+    -2.3026
+    """
     del teacher_logits
     return _pick(student_logits, token)
 
 
 def teacher_log_prob(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
-    """log p(token)."""
+    """log p(token).
+
+    >>> print(f"{teacher_log_prob(None, jnp.log(jnp.array([0.9, 0.1])), jnp.array(1)):.4f}")
+    -2.3026
+    """
     del student_logits
     return _pick(teacher_logits, token)
 
 
 def log_prob_gap(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
-    """log p(token) - log q(token). RLSD Eq. 13, CAST Eq. 4, HSD Eq. 2."""
+    """log p(token) - log q(token). RLSD Eq. 13, CAST Eq. 4, HSD Eq. 2.
+
+    >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(f"{log_prob_gap(student, teacher, jnp.array(1)):.4f}")
+    -1.6094
+    """
     return _pick(teacher_logits, token) - _pick(student_logits, token)
 
 
 def entropy(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
-    """Entropy of the student in nats, - sum_v q log q."""
+    """Entropy of the student in nats, - sum_v q log q.
+
+    >>> print(f"{entropy(jnp.zeros(8), None, jnp.array(3)):.4f}")
+    2.0794
+    """
     del teacher_logits, token
     log_q = _log_softmax(student_logits)
     return -jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
@@ -65,6 +83,10 @@ def reverse_kl(student_logits: Array, teacher_logits: Array, token: Array) -> Ar
     """kl(student||teacher) = sum_v q (log q - log p). SDPG Eq. 3.2.
 
     Its gradient with respect to the student's logits is q ((log q - log p) - kl).
+
+    >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(f"{reverse_kl(student, teacher, jnp.array(0)):.4f}")
+    0.5108
     """
     del token
     return _kl(_log_softmax(student_logits), _log_softmax(teacher_logits))
@@ -74,6 +96,12 @@ def forward_kl(student_logits: Array, teacher_logits: Array, token: Array) -> Ar
     """kl(teacher||student) = sum_v p (log p - log q). HSD Eq. 13, SC-GRPO Sec. 5.1, OPSD Eq. 7.
 
     Its gradient with respect to the student's logits is q - p.
+
+    >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(f"{forward_kl(student, teacher, jnp.array(0)):.4f}")
+    0.3681
+    >>> print(f"{jax.grad(forward_kl)(student, teacher, jnp.array(0))[1]:.4f}")
+    0.4000
     """
     del token
     return _kl(_log_softmax(teacher_logits), _log_softmax(student_logits))
@@ -95,7 +123,10 @@ def _kl(log_a: Array, log_b: Array) -> Array:
 
 
 def _partial_kl(log_a: Array, log_b: Array) -> Array:
-    """sum_v a (log a - log b), whatever a and b sum to."""
+    """sum_v a (log a - log b) of parts of two distributions.
+
+    What `_kl` adds sums to 0 for distributions only, so a part must do without its exactness.
+    """
     return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
 
 
@@ -104,6 +135,10 @@ def clipped_forward_kl(cap: float) -> TokenStat:
 
     One-sided: negative entries are kept, so the total can be negative, and capped entries have no
     gradient. `cap=inf` is `forward_kl`.
+
+    >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(f"{clipped_forward_kl(0.05)(student, teacher, jnp.array(0)):.4f}")
+    -0.1109
     """
 
     def clipped(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
@@ -120,37 +155,47 @@ def generalized_jsd(beta: float) -> TokenStat:
 
     As in every published implementation the ends are special cases and not limits: beta = 0 is
     kl(teacher||student), beta = 1 is kl(student||teacher). The formula itself tends to 0 there.
+
+    Raises:
+      ValueError: beta is not in [0, 1].
+
+    >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(f"{generalized_jsd(0.5)(student, teacher, jnp.array(0)):.4f}")
+    0.1017
+    >>> print(f"{generalized_jsd(1)(student, teacher, jnp.array(0)):.4f}")
+    0.5108
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
-    if beta == 0:
-        return forward_kl
-    if beta == 1:
-        return reverse_kl
+    divergence = jsd_of_log_probs(beta)
 
     def jsd(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
         del token
-        return _jsd(_log_softmax(student_logits), _log_softmax(teacher_logits), beta)
+        return divergence(_log_softmax(student_logits), _log_softmax(teacher_logits), whole=True)
 
     return jsd
 
 
-def _jsd(log_q: Array, log_p: Array, beta: float) -> Array:
-    log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-
-
-def on_top_k(divergence: Callable[[Array, Array], Array], k: int, of: str, rest: str) -> TokenStat:
+def on_top_k(divergence: Callable[..., Array], k: int, of: str, rest: str) -> TokenStat:
     """A divergence on the k likeliest tokens only. SDPO Eq. 11 is of="student", rest="tail".
 
     Args:
-      divergence: (log_q [..., K], log_p [..., K]) -> [...], for instance
-        `reverse_kl_of_log_probs`.
-      k: size of the support.
+      divergence: (log_q [..., K], log_p [..., K], whole=bool) -> [...]: `reverse_kl_of_log_probs`,
+        `forward_kl_of_log_probs` or `jsd_of_log_probs(beta)`; `whole` says that both sum to 1.
+      k: size of the support; all of the vocabulary if that is smaller.
       of: whose k likeliest tokens, "student" or "teacher".
       rest: "tail" adds one class with the remaining mass of each; "renormalize" divides both by
         their mass on the support; "truncate" leaves the rest out (a KL can then be negative).
+
+    Raises:
+      ValueError: k is not positive; of or rest is none of the above.
+
+    >>> student = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
+    >>> teacher = jnp.log(jnp.array([0.2, 0.6, 0.1, 0.1]))
+    >>> reverse_kl_and_tail = on_top_k(reverse_kl_of_log_probs, 2, of="student", rest="tail")
+    >>> print(f"{reverse_kl_and_tail(student, teacher, jnp.array(0)):.4f}")
+    0.2502
     """
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
     choices = {"of": (of, ("student", "teacher")), "rest": (rest, tuple(_REST))}
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -159,45 +204,96 @@ def on_top_k(divergence: Callable[[Array, Array], Array], k: int, of: str, rest:
     def stat(student_logits: Array, teacher_logits: Array, token: Array) -> Array:
         del token
         log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
-        _, ids = jax.lax.top_k(jax.lax.stop_gradient(log_q if of == "student" else log_p), k)
-        q_k, p_k = (jnp.take_along_axis(x, ids, axis=-1) for x in (log_q, log_p))
-        return divergence(_REST[rest](q_k), _REST[rest](p_k))
+        ranked = jax.lax.stop_gradient(log_q if of == "student" else log_p)
+        _, ids = jax.lax.top_k(ranked, min(k, ranked.shape[-1]))
+        q_k, p_k = (_REST[rest](x, ids) for x in (log_q, log_p))
+        return divergence(q_k, p_k, whole=rest != "truncate")
 
     return stat
 
 
-def _add_tail(log_x: Array) -> Array:
-    # Rounding can put the mass of the support at or above 1; the clamp keeps the tail's log finite.
-    mass = jnp.minimum(jax.nn.logsumexp(log_x, axis=-1, keepdims=True), -1e-7)
-    return jnp.concatenate([log_x, jnp.log(-jnp.expm1(mass))], axis=-1)
+def _truncate(log_x: Array, ids: Array) -> Array:
+    return jnp.take_along_axis(log_x, ids, axis=-1)
 
 
-_REST = {
-    "tail": _add_tail,
-    "renormalize": lambda log_x: jax.nn.log_softmax(log_x, axis=-1),
-    "truncate": lambda log_x: log_x,
-}
+def _renormalize(log_x: Array, ids: Array) -> Array:
+    return jax.nn.log_softmax(_truncate(log_x, ids), axis=-1)
 
 
-def reverse_kl_of_log_probs(log_q: Array, log_p: Array) -> Array:
-    """kl(student||teacher) from log-probabilities; for `on_top_k`."""
-    return _partial_kl(log_q, log_p)
+def _add_tail(log_x: Array, ids: Array) -> Array:
+    # Summed over the tail itself: 1 - the support's mass would lose a tail below 1e-7.
+    tail = jax.nn.logsumexp(_drop(log_x, ids), axis=-1, keepdims=True)
+    return jnp.concatenate([_truncate(log_x, ids), tail], axis=-1)
 
 
-def forward_kl_of_log_probs(log_q: Array, log_p: Array) -> Array:
-    """kl(teacher||student) from log-probabilities; for `on_top_k`."""
-    return _partial_kl(log_p, log_q)
+@partial(jnp.vectorize, signature="(v),(k)->(v)")
+def _drop(log_x: Array, ids: Array) -> Array:
+    # Finite, so that a tail of no token has mass 0 and no gradient instead of NaN. Row by row,
+    # since `put_along_axis` would collect the rows of all devices on each.
+    return log_x.at[ids].set(-1e30)
 
 
-def jsd_of_log_probs(beta: float) -> Callable[[Array, Array], Array]:
-    """`generalized_jsd` from log-probabilities; for `on_top_k`. 0 < beta < 1."""
-    return lambda log_q, log_p: _jsd(log_q, log_p, beta)
+_REST = {"tail": _add_tail, "renormalize": _renormalize, "truncate": _truncate}
+
+
+def reverse_kl_of_log_probs(log_q: Array, log_p: Array, whole: bool = True) -> Array:
+    """kl(student||teacher) from log-probabilities [..., K]; for `on_top_k`.
+
+    `whole`: both sum to 1; else they are parts of distributions and the KL can be negative.
+
+    >>> log_q, log_p = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(f"{reverse_kl_of_log_probs(log_q, log_p):.4f}")
+    0.5108
+    """
+    return _kl(log_q, log_p) if whole else _partial_kl(log_q, log_p)
+
+
+def forward_kl_of_log_probs(log_q: Array, log_p: Array, whole: bool = True) -> Array:
+    """kl(teacher||student) from log-probabilities [..., K]; for `on_top_k`.
+
+    `whole`: both sum to 1; else they are parts of distributions and the KL can be negative.
+
+    >>> log_q, log_p = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(f"{forward_kl_of_log_probs(log_q, log_p):.4f}")
+    0.3681
+    >>> print(f"{forward_kl_of_log_probs(log_q[1:], log_p[1:], whole=False):.4f}")
+    -0.1609
+    """
+    return _kl(log_p, log_q) if whole else _partial_kl(log_p, log_q)
+
+
+def jsd_of_log_probs(beta: float) -> Callable[..., Array]:
+    """`generalized_jsd` from log-probabilities [..., K], ends included; for `on_top_k`.
+
+    Raises:
+      ValueError: beta is not in [0, 1].
+
+    >>> log_q, log_p = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
+    >>> print(f"{jsd_of_log_probs(0.5)(log_q, log_p):.4f}")
+    0.1017
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+    if beta == 0:
+        return forward_kl_of_log_probs
+    if beta == 1:
+        return reverse_kl_of_log_probs
+
+    def jsd(log_q: Array, log_p: Array, whole: bool = True) -> Array:
+        del whole  # the two KLs' shares of b - a cancel, whatever the masses
+        log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log1p(-beta))
+        return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+    return jsd
 
 
 def masked_quantile(x: Array, mask: Array, q: float) -> Array:
     """The q-quantile of the entries of x where mask is nonzero, linearly interpolated.
 
     Equals `np.quantile(x[mask != 0], q)`; 0 if the mask is empty. Works on any shape, under jit.
+
+    >>> print(masked_quantile(jnp.array([3.0, 1.0, 99.0]), jnp.array([1, 1, 0]), 0.5))
+    2.0
     """
     values = jnp.sort(jnp.where(mask != 0, x, jnp.inf).ravel())
     count = jnp.sum(mask != 0)

@@ -18,15 +18,18 @@ class Source(NamedTuple):
 
     Attributes:
       name: equal names mean equal behaviour.
-      init: params -> state, at the start of training.
+      init: params -> state, at the start of training; of the policy, or of `checkpoint`.
       refresh: (state, params, step) -> state, after update number `step` (1, 2, ...), jitted.
       params: (state, params) -> the teacher's parameters.
+      checkpoint: a folder in Hugging Face format, whose weights and architecture the teacher has;
+        None for the policy's own.
     """
 
     name: str
     init: Callable[[Params], Any]
     refresh: Callable[[Any, Params, Array], Any]
     params: Callable[[Any, Params], Params]
+    checkpoint: str | None = None
 
 
 def _copy(params: Params) -> Params:
@@ -44,6 +47,11 @@ def current() -> Source:
 def frozen() -> Source:
     """The initial policy (OPSD, and every reference policy)."""
     return Source("frozen", _copy, lambda state, params, step: state, lambda state, params: state)
+
+
+def external(path: str) -> Source:
+    """Another model of the same tokenizer, from a folder in Hugging Face format (OPD)."""
+    return frozen()._replace(name=f"external_{path}", checkpoint=path)
 
 
 def synced(every: int) -> Source:

@@ -6,10 +6,11 @@
 function of the configuration and the step number, so a run that was killed continues exactly.
 """
 
+import itertools
 import json
 import platform
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,10 +42,11 @@ from jaxrl_sd.metrics import Writer
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.sampler import SamplingConfig
 from jaxrl_sd.tokens import Template, load_tokenizer, stop_ids
-from jaxrl_sd.types import Batch, InputError, Params, Problem, Sample
+from jaxrl_sd.types import Batch, InputError, Params, Problem, Rollouts, Sample
 from jaxrl_sd.update import State, Steps, init_state, make_steps
 from jaxrl_sd.verify import VERIFIERS
 from jaxrl_sd.verify.pool import VerifierPool
+from jaxrl_sd.vocabulary import STUDENT
 
 SHOWN = ("rollout/accuracy", "eval/accuracy", "rollout/entropy")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -55,7 +57,7 @@ class Run(NamedTuple):
 
     config: ConfigDict
     method: Method
-    params: Params  # initial
+    initial: dict[str | None, Params]  # of the policy (None), and of each teacher's checkpoint
     model: ModelConfig
     tokenizer: Any
     problems: grain.MapDataset  # [i] is the i-th that training sees
@@ -114,24 +116,27 @@ def train(config: ConfigDict) -> dict[str, Any]:
             with clock("evaluate"):
                 writer.write(step, measure(run, state, pool, step))
 
+        def save(step: int) -> None:
+            if checkpoints.latest_step() != step:
+                with clock("save"):
+                    checkpoint.save(checkpoints, state, position, settings(config), clock.seconds)
+
         if first == 0:
             assess(0)
         for step in range(first, config.steps):
-            with clock("sample"):
-                problems = [run.problems[position + i] for i in range(config.rollout.prompts)]
-                prompt, samples = sample(run, state, problems, step)
-            with clock("verify"):
-                groups, verdict_metrics = rollout.verify(
-                    problems, samples, run.tokenizer, run.sampling.stop_ids, pool
-                )
-                rollouts = rollout.grade(*prompt, samples, groups, run.method.grade)
+            try:
+                collected = collect(run, state, pool, position, clock)
+            except InputError:
+                save(step)  # a run with other limits goes on from here
+                raise
+            problems, groups = collected.problems, collected.groups
             with clock("context"):
                 hints, hint_metrics = write_hints(run, problems, groups, step)
             with clock("score"):
-                batch = jax.device_put(Batch(rollouts, hints), sharding.of_rows(run.mesh))
+                batch = jax.device_put(Batch(collected.rollouts, hints), sharding.of_rows(run.mesh))
                 batch = run.steps.score(state, batch)
                 batch, credit_metrics = jax.block_until_ready(run.steps.credit(batch, step))
-            row = verdict_metrics | hint_metrics
+            row = collected.metrics | hint_metrics
             if step == 0 or is_due(config, step + 1):
                 with clock("log"):
                     gaps = jax.device_get(run.gaps(state, batch))
@@ -139,19 +144,16 @@ def train(config: ConfigDict) -> dict[str, Any]:
                     row |= diagnostics.gap_sizes(batch, gaps)
             with clock("update"):
                 state, update_metrics = jax.block_until_ready(run.steps.update(state, batch))
-            position += len(problems)
+            position = collected.position
             with clock("log"):
                 row |= diagnostics.describe(batch)
                 row |= {f"credit/{name}": x for name, x in credit_metrics.items()}
                 row |= {f"update/{name}": x for name, x in update_metrics.items()}
-                row["rollout/length"] = samples.length.mean()
-                row["rollout/truncated"] = samples.truncated.mean()
                 writer.write(step + 1, row)
             if is_due(config, step + 1):
                 assess(step + 1)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-                with clock("save"):
-                    checkpoint.save(checkpoints, state, position, settings(config), clock.seconds)
+                save(step + 1)
         with clock("save"):
             checkpoints.wait_until_finished()
             export(run, state)
@@ -169,14 +171,9 @@ def prepare(config: ConfigDict) -> Run:
     """Checks everything and reads model, tokenizer and problems."""
     method = configuration.check(config)
     mesh = sharding.make_mesh(**config.mesh)
-    params, model = weights.load(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    if len(tokenizer) > model.vocab_size:
-        raise InputError(
-            f"model.path: the tokenizer in {config.model.path} has {len(tokenizer)} tokens, the "
-            f"model {model.vocab_size}: they do not belong together"
-        )
-    model = replace(model, num_tokens=len(tokenizer))
+    initial, models = load_models(config.model.path, tokenizer, method)
+    model = models[None]
     train, held_out = (
         data.load(
             config.data[split],
@@ -197,21 +194,51 @@ def prepare(config: ConfigDict) -> Run:
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
     )
+    configs = {STUDENT: model}
+    configs |= {name: models[t.source.checkpoint] for name, t in method.teachers.items()}
     steps = make_steps(
         method,
         configuration.optimizer(config),
-        model,
+        configs,
+        mesh=mesh,
+        mini_batches=config.optimizer.mini_batches,
+        epochs=config.optimizer.epochs,
         micro_batches=config.compute.micro_batches,
         temperature=config.rollout.temperature,
         chunk=config.compute.chunk,
     )
-    gaps = diagnostics.make_gaps(method, model, config.rollout.temperature, config.compute.chunk)
+    gaps = diagnostics.make_gaps(method, configs, config.rollout.temperature, config.compute.chunk)
     problems = data.shuffled(train, config.seed)
     folder = Path(config.output_dir)
     return Run(
-        *(config, method, params, model, tokenizer, problems, held_out),
+        *(config, method, initial, model, tokenizer, problems, held_out),
         *(templates, sampling, mesh, steps, gaps, folder),
     )
+
+
+def load_models(path: str, tokenizer, method: Method):
+    """Parameters and architecture of the policy, under None, and of each teacher's checkpoint.
+
+    Raises:
+      InputError: a model does not belong to the policy's tokenizer.
+    """
+    checkpoints = {teacher.source.checkpoint for teacher in method.teachers.values()}
+    paths = {checkpoint: checkpoint for checkpoint in checkpoints} | {None: path}
+    initial, models = {}, {}
+    for key, folder in paths.items():
+        initial[key], config = weights.load(folder)
+        if len(tokenizer) > config.vocab_size:
+            raise InputError(
+                f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, the model in "
+                f"{folder} {config.vocab_size}: they do not belong together"
+            )
+        models[key] = replace(config, num_tokens=len(tokenizer))
+        if key is not None and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"method: the teacher in {folder} has another tokenizer than the policy in {path}; "
+                f"a teacher scores the policy's own tokens"
+            )
+    return initial, models
 
 
 def check_problems(
@@ -270,7 +297,7 @@ def check_hints_fit(problems, name, teacher, tokenizer, templates, config) -> No
 def start_or_resume(run: Run, checkpoints) -> tuple[State, int, dict[str, float]]:
     """The state to go on from, the position in the sequence of problems, and seconds spent."""
     optimizer = configuration.optimizer(run.config)
-    state = init_state(run.params, optimizer, run.method.teachers, run.config.seed)
+    state = init_state(run.initial, optimizer, run.method.teachers, run.config.seed)
     state = jax.device_put(state, sharding.of_state(state, run.mesh))
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
     state, position, seconds = restored or (state, 0, {})
@@ -287,11 +314,11 @@ def settings(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def random_key(state: State, stream: str, step: int) -> jax.Array:
-    """A key of its own for each use and step, so that nothing depends on what ran before."""
+def random_key(state: State, stream: str, index: int) -> jax.Array:
+    """A key of its own for each use, so that nothing depends on what ran before."""
     number = {"sample": 0, "evaluate": 1}[stream]
     key = jax.random.wrap_key_data(state.key)
-    return jax.random.fold_in(jax.random.fold_in(key, number), step)
+    return jax.random.fold_in(jax.random.fold_in(key, number), index)
 
 
 def draw(run: Run, state: State, key, prompt, prompt_length, samples: int, temperature: float):
@@ -303,13 +330,65 @@ def draw(run: Run, state: State, key, prompt, prompt_length, samples: int, tempe
     )
 
 
-def sample(run: Run, state: State, problems: Sequence[Problem], step: int):
+def sample(run: Run, state: State, problems: Sequence[Problem], position: int):
     """Prompts (ids and lengths) of the problems, and a group of samples for each."""
     settings = run.config.rollout
     prompt = rollout.encode(problems, run.tokenizer, run.templates["nothing"], settings.max_prompt)
-    key = random_key(state, "sample", step)
+    key = random_key(state, "sample", position)
     samples = draw(run, state, key, *prompt, settings.group_size, settings.temperature)
     return prompt, jax.device_get(samples)
+
+
+class Collected(NamedTuple):
+    """P kept groups, and where in the sequence of problems to go on."""
+
+    problems: list[Problem]
+    groups: list[list[Sample]]
+    rollouts: Rollouts
+    position: int
+    metrics: dict[str, float]
+
+
+def collect(run: Run, state: State, pool: VerifierPool, position: int, clock: Clock) -> Collected:
+    """Samples and grades, P prompts a round, until the method has kept P groups.
+
+    A method that keeps every group needs one round. Groups kept beyond P are dropped.
+
+    Raises:
+      InputError: there are fewer after `rollout.max_rounds` rounds.
+    """
+    settings, counts = run.config.rollout, Counter()
+    sampled, kept, parts = [], [], []
+    for _ in range(settings.max_rounds):
+        with clock("sample"):
+            problems = [run.problems[position + i] for i in range(settings.prompts)]
+            prompt, samples = sample(run, state, problems, position)
+        position += settings.prompts
+        with clock("verify"):
+            groups, failures = rollout.verify(
+                problems, samples, run.tokenizer, run.sampling.stop_ids, pool
+            )
+            rollouts, chosen = rollout.grade(*prompt, samples, groups, run.method.grade)
+        counts.update(failures)
+        sampled += groups
+        kept += itertools.compress(zip(problems, groups, strict=True), chosen)
+        parts.append(rollout.keep(rollouts, chosen))
+        if len(kept) >= settings.prompts:
+            break
+    else:
+        raise InputError(
+            f"rollout.max_rounds: {run.config.method.name} kept {len(kept)} of the "
+            f"{len(sampled)} groups of {settings.max_rounds} rounds and needs {settings.prompts}; "
+            f"allow more rounds, or choose problems that are neither too hard nor too easy"
+        )
+    problems, groups = zip(*kept[: settings.prompts], strict=True)
+    metrics = {
+        **counts,
+        **rollout.describe(sampled),
+        "rollout/kept": len(kept) / len(sampled),
+        "rollout/rounds": len(parts),
+    }
+    return Collected(problems, groups, rollout.join(parts, settings.prompts), position, metrics)
 
 
 def write_hints(run: Run, problems: Sequence[Problem], groups, step: int):

@@ -41,6 +41,7 @@ class Sample:
     text: str  # the response without its stop token
     correct: bool | None
     truncated: bool  # the length limit came before a stop token
+    feedback: str = ""  # what the verifier said about a failure, "" where it says nothing
 
 
 @flax.struct.dataclass

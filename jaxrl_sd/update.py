@@ -8,8 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from jaxrl_sd import losses, stats
+from jaxrl_sd import losses, sharding, stats
 from jaxrl_sd.methods.base import Method, Metrics, Teacher
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.scoring import token_stats
@@ -26,7 +27,7 @@ class State:
     params: Params
     opt_state: Any
     teachers: dict[str, Any]  # state of each source, by the source's name
-    step: Array  # i32[], finished updates
+    step: Array  # i32[], finished steps: batches that were sampled and trained on
     key: Array  # u32[2], data of the run's random key; steps fold their number into it
 
 
@@ -39,35 +40,52 @@ class Steps(NamedTuple):
 
 
 def init_state(
-    params: Params,
+    initial: Mapping[str | None, Params],
     optimizer: optax.GradientTransformation,
     teachers: Mapping[str, Teacher],
     seed: int,
 ) -> State:
-    """The state before the first update."""
+    """The state before the first update.
+
+    Args:
+      initial: the policy's parameters under None, and those of every checkpoint that a teacher
+        uses under its path.
+    """
     sources = {t.source.name: t.source for t in teachers.values()}
     return State(
-        params=params,
-        opt_state=optimizer.init(params),
-        teachers={name: source.init(params) for name, source in sources.items()},
+        params=initial[None],
+        opt_state=optimizer.init(initial[None]),
+        teachers={
+            name: source.init(initial[source.checkpoint]) for name, source in sources.items()
+        },
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(jax.random.key(seed)),
     )
 
 
-def teacher_params(teachers: Mapping[str, Teacher], state: State) -> dict[str, Params]:
-    """Parameters of each teacher, by teacher name."""
+def teacher_params(
+    teachers: Mapping[str, Teacher], states: Mapping[str, Any], params: Params
+) -> dict[str, Params]:
+    """Parameters of each teacher, by teacher name, from the states of their sources."""
     return {
-        name: teacher.source.params(state.teachers[teacher.source.name], state.params)
+        name: teacher.source.params(states[teacher.source.name], params)
         for name, teacher in teachers.items()
     }
+
+
+def weigh(method: Method, batch: Batch) -> Batch:
+    """Adds the weights that average over the tokens of this batch."""
+    return batch.replace(weight_t=method.weight(method.mask(batch)))
 
 
 def make_steps(
     method: Method,
     optimizer: optax.GradientTransformation,
-    config: ModelConfig,
+    configs: Mapping[str, ModelConfig],
     *,
+    mesh: Mesh,
+    mini_batches: int,
+    epochs: int,
     micro_batches: int,
     temperature: float,
     chunk: int,
@@ -76,71 +94,95 @@ def make_steps(
 
     Args:
       method: see `methods.base.Method`.
-      optimizer: applied to the gradient of the whole batch.
-      config: of the model.
-      micro_batches: parts into which the batch's rows are split; must divide B. Their gradients
-        add up to the whole batch's.
+      optimizer: applied to the gradient of each mini-batch.
+      configs: of the student, under `STUDENT`, and of each teacher.
+      mesh: where states live, see `sharding.of_state`.
+      mini_batches: parts of whole groups into which a batch is split, one optimiser update each;
+        must divide P.
+      epochs: passes over the batch.
+      micro_batches: parts into which the rows of a mini-batch are split; must divide them. Their
+        gradients add up to the whole mini-batch's.
       temperature: of sampling; scales logits everywhere.
-      chunk: see `scoring.token_stats`.
+      chunk: see `vocabulary.chunked`.
     """
-    statistics = partial(token_stats, config=config, temperature=temperature, chunk=chunk)
+    statistics = partial(token_stats, configs=configs, temperature=temperature, chunk=chunk)
+    sources = {t.source.name: t.source for t in method.teachers.values()}
 
     @jax.jit
     def score(state: State, batch: Batch) -> Batch:
-        teachers = teacher_params(method.teachers, state)
+        teachers = teacher_params(method.teachers, state.teachers, state.params)
         scores = statistics({**ALWAYS_SCORED, **method.score}, state.params, teachers, batch)
         return batch.replace(scores=scores)
 
     @jax.jit
     def credit(batch: Batch, step: Array) -> tuple[Batch, Metrics]:
-        mask_t = batch.rollouts.mask_t
         credit, metrics = method.credit(batch, step)
+        mask_t = method.mask(batch)
         credit = jax.tree.map(lambda x: jnp.where(mask_t != 0, x, 0.0), credit)
-        batch = batch.replace(credit=credit, weight_t=method.weight(mask_t))
-        return batch, metrics
+        return batch.replace(credit=credit), metrics
 
     def loss_sum(params, teachers, batch, step):
         probed = statistics({**ALWAYS_PROBED, **method.probe}, params, teachers, batch)
         loss_t, metrics_t = method.loss(probed, batch, step)
+        metrics_t["ratio"] = jnp.exp(probed["logp"] - batch.scores["old_logp"])
         total = partial(losses.weighted_sum, weight_t=batch.weight_t)
         return total(loss_t), {name: total(x) for name, x in metrics_t.items()}
 
-    @partial(jax.jit, donate_argnums=0)
-    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
-        teachers = teacher_params(method.teachers, state)
+    def gradient_of(params, teachers, mini_batch, step):
+        """Gradient and metrics of a mini-batch, summed over its micro-batches."""
 
-        def gradient_of(micro_batch):
+        def of_part(part):
             (loss, metrics), gradient = jax.value_and_grad(loss_sum, has_aux=True)(
-                state.params, teachers, micro_batch, state.step
+                params, teachers, part, step
             )
-            return gradient, {"loss": loss, **metrics}
+            return gradient, loss, metrics
 
-        def add(total, micro_batch):
-            return jax.tree.map(jnp.add, total, gradient_of(micro_batch)), None
-
-        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-        shapes = jax.eval_shape(gradient_of, jax.tree.map(lambda x: x[0], parts))
+        parts = split(weigh(method, mini_batch), micro_batches)
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-        (gradient, metrics), _ = jax.lax.scan(add, zeros, parts)
-        return _apply(state, gradient, metrics)
+        add = partial(jax.tree.map, jnp.add)
+        total, _ = jax.lax.scan(lambda total, part: (add(total, of_part(part)), None), zeros, parts)
+        return total
 
-    def _apply(state, gradient, metrics):
+    def update_once(state, mini_batch):
+        teachers = teacher_params(method.teachers, state.teachers, state.params)
+        gradient, loss, sums = gradient_of(state.params, teachers, mini_batch, state.step)
+        weight = jnp.maximum(weigh(method, mini_batch).weight_t.sum(), 1e-9)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        new = (optax.apply_updates(state.params, updates), opt_state)
+        old = (state.params, state.opt_state)
+        # A gradient that is not finite skips the update.
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        metrics = {name: x / weight for name, x in sums.items()}
+        metrics |= {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
+        return state.replace(params=params, opt_state=opt_state), metrics
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
+        parts = split(batch, mini_batches)
+
+        def update_with(state, i):
+            return update_once(state, jax.tree.map(lambda x: x[i], parts))
+
+        order = jnp.tile(jnp.arange(mini_batches), epochs)
+        state, metrics = jax.lax.scan(update_with, state, order)
         step = state.step + 1
-        sources = {t.source.name: t.source for t in method.teachers.values()}
-        refreshed = {
-            name: source.refresh(state.teachers[name], params, step)
+        teachers = {
+            name: source.refresh(state.teachers[name], state.params, step)
             for name, source in sources.items()
         }
-        new = (params, opt_state, refreshed)
-        old = (state.params, state.opt_state, state.teachers)
-        # A non-finite gradient skips the step: nothing is updated, teachers included.
-        params, opt_state, refreshed = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        metrics = {**metrics, "grad_norm": norm, "skipped": 1.0 - finite}
-        state = State(params, opt_state, refreshed, step, state.key)
-        return state, metrics
+        state = state.replace(teachers=teachers, step=step)
+        # The next call is given what this one returns: other shardings would compile it again.
+        state = jax.lax.with_sharding_constraint(state, sharding.of_state(state, mesh))
+        # The first update is on policy, so its ratio is 1 up to rounding, or something is wrong.
+        means = {name: x.mean() for name, x in metrics.items()}
+        return state, {**means, "first_ratio": metrics["ratio"][0]}
 
     return Steps(score, credit, update)
+
+
+def split(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B / parts, ...] for every array of a batch."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)

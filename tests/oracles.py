@@ -26,11 +26,15 @@ class Case(NamedTuple):
     shown: np.ndarray  # bool[B], False: the teacher is silent
     source: np.ndarray  # i[B], the row whose response the teacher is shown, -1 none
     group_size: int
-    step: int = 0  # finished updates
+    step: int = 0  # finished steps
+    truncated: np.ndarray | None = None  # bool[B], no stop token within max_length; None: no row
+    length: np.ndarray | None = None  # i[B], sampled tokens, also of rows that are masked out
+    max_length: int | None = None  # tokens
+    detached: np.ndarray | None = None  # f64[B, T, V], `student` as sg[.] sees it; None: the same
 
 
 class Result(NamedTuple):
-    loss_t: np.ndarray  # f64[B, T], its sum is the loss; entry t depends on the student at t only
+    loss_t: np.ndarray  # f64[B, T], its sum is the loss; row i depends on the student's row i only
     adv: np.ndarray  # f64[B, T], what multiplies the policy gradient
     distill: np.ndarray  # f64[B, T], what multiplies the divergence to the teacher
 
@@ -76,9 +80,30 @@ def group_advantage(case: Case, i: int) -> float:
     return z_score({j: float(case.correct[j]) for j in group(case, i)}, i)
 
 
-def surrogate(case: Case, i: int, t: int, A: float, low: float, high: float) -> float:
-    rho = np.exp(logp(case.student, case, i, t) - logp(case.old, case, i, t))
+def log_ratio(case: Case, i: int, t: int) -> float:
+    return logp(case.student, case, i, t) - logp(case.old, case, i, t)
+
+
+def clipped(rho: float, A: float, low: float, high: float) -> float:
     return -min(rho * A, min(max(rho, 1 - low), 1 + high) * A)
+
+
+def surrogate(case: Case, i: int, t: int, A: float, low: float, high: float) -> float:
+    return clipped(np.exp(log_ratio(case, i, t)), A, low, high)
+
+
+def as_constant(case: Case) -> Case:
+    """What sg[.] sees: the student where the gradient is taken."""
+    return case if case.detached is None else case._replace(student=case.detached)
+
+
+def rows_only(case: Case, rows: np.ndarray) -> Case:
+    """The tokens of rows bool[B]; the others still count in their groups."""
+    return case._replace(mask=case.mask & rows[:, None])
+
+
+def not_truncated(case: Case) -> Case:
+    return case if case.truncated is None else rows_only(case, ~case.truncated)
 
 
 def mean_of_rows(case: Case, loss: np.ndarray) -> np.ndarray:
@@ -96,6 +121,14 @@ def mean_of_tokens(case: Case, loss: np.ndarray) -> np.ndarray:
     terms = empty(case)
     for i, t in tokens(case):
         terms[i, t] = loss[i, t] / case.mask.sum()
+    return terms
+
+
+def mean_of_sums(case: Case, loss: np.ndarray) -> np.ndarray:
+    """Terms of the mean over rows of the sum over each row's tokens."""
+    terms = empty(case)
+    for i, t in tokens(case):
+        terms[i, t] = loss[i, t] / (case.mask.sum(axis=1) > 0).sum()
     return terms
 
 
@@ -144,8 +177,11 @@ def sdpg(
     total_steps=400,
     anchor="ufkl",
     gate=True,
+    clip_low=0.2,
+    clip_high=0.28,
+    dual_clip=10.0,
 ) -> Result:
-    """SDPG Algorithm 1 and Eq. 3.1; updates count from 1."""
+    """SDPG Algorithm 1 and Eq. 3.1 in the form of App. A.3; updates count from 1."""
     k = case.step + 1
     beta_k = beta * min(1, k / warmup) * min(1, max(total_steps - k, 0) / decay)
     loss, adv, distill = empty(case), empty(case), empty(case)
@@ -153,10 +189,13 @@ def sdpg(
         A = group_advantage(case, i)
         m = float(A > 0) if gate else 1.0
         w = np.exp(logp(case.student, case, i, t) - logp(case.reference, case, i, t))
+        rho = np.exp(log_ratio(as_constant(case), i, t))
+        l_clip = clipped(rho, A, clip_low, clip_high)
+        if A < 0:
+            l_clip = min(l_clip, -A * dual_clip)
         adv[i, t], distill[i, t] = A, beta_k * m
-        loss[i, t] = (
-            -A * logp(case.student, case, i, t)
-            + beta_k * m * kl(case.student[i, t], case.teacher[i, t])
+        loss[i, t] = l_clip * logp(case.student, case, i, t) + rho * (
+            beta_k * m * kl(case.student[i, t], case.teacher[i, t])
             + alpha * SDPG_ANCHORS[anchor](w)
         )
     return Result(mean_of_tokens(case, loss), adv, distill)
@@ -189,6 +228,7 @@ def cast(
     clip_high=0.28,
 ) -> Result:
     """CAST Algorithm 1 and Eq. 16-19; flips end with shaping at the cutoff."""
+    case = not_truncated(case)
     on = cutoff is None or case.step < cutoff
     loss, adv = empty(case), empty(case)
     for i, t in tokens(case):
@@ -250,6 +290,17 @@ def sc_grpo_hints(correct: list[bool | None], group_size: int) -> tuple[np.ndarr
     return shown, source
 
 
+def verified_siblings(correct: list[bool | None], group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(shown bool[B], source i[B]): the group's first correct row that is not the row itself."""
+    shown, source = np.zeros(len(correct), bool), np.full(len(correct), -1)
+    for i in range(len(correct)):
+        first = i - i % group_size
+        for j in range(first, first + group_size):
+            if correct[j] is True and j != i and not shown[i]:
+                shown[i], source[i] = True, j
+    return shown, source
+
+
 def hsd(case: Case, beta=1e-3) -> Result:
     """HSD Eq. 10 and 13 and the penalty to the initial policy."""
     loss, distill = empty(case), empty(case)
@@ -272,6 +323,201 @@ def opsd(case: Case, tau=0.05) -> Result:
     return Result(mean_of_rows(case, loss), empty(case), distill)
 
 
+def dr_grpo(case: Case, max_tokens=None, clip_low=0.2, clip_high=0.2) -> Result:
+    """Dr.GRPO: neither the standard deviation nor the length of a row divides."""
+    budget = case.mask.shape[1] if max_tokens is None else max_tokens
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        adv[i, t] = case.correct[i] - num_correct(case, i) / len(group(case, i))
+        loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high)
+    return Result(mean_of_sums(case, loss) / budget, adv, empty(case))
+
+
+def overlong(length: int, max_length: int, buffer: int) -> float:
+    """DAPO Eq. 13."""
+    if length <= max_length - buffer:
+        return 0.0
+    return (max_length - buffer - length) / buffer if length <= max_length else -1.0
+
+
+def mixed(case: Case) -> np.ndarray:
+    """bool[B], rows of the groups with 0 < correct < graded, the only ones that DAPO samples."""
+    rows = range(len(case.mask))
+    return np.array([0 < num_correct(case, i) < len(group(case, i)) for i in rows])
+
+
+def dapo(case: Case, overlong_buffer=None, clip_low=0.2, clip_high=0.28) -> Result:
+    """DAPO Eq. 8-13."""
+    buffer = case.max_length // 5 if overlong_buffer is None else overlong_buffer
+    case = rows_only(case, mixed(case))
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        reward = {
+            j: (1 if case.correct[j] else -1) + overlong(case.length[j], case.max_length, buffer)
+            for j in group(case, i)
+        }
+        adv[i, t] = z_score(reward, i)
+        loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high)
+    return Result(mean_of_tokens(case, loss), adv, empty(case))
+
+
+def gspo(case: Case, clip_low=3e-4, clip_high=4e-4) -> Result:
+    """GSPO Eq. 5-7: one ratio a row, here said again at each of its tokens."""
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        adv[i, t] = group_advantage(case, i)
+        s = np.exp(np.mean([log_ratio(case, i, u) for u in np.flatnonzero(case.mask[i])]))
+        loss[i, t] = clipped(s, adv[i, t], clip_low, clip_high)
+    return Result(mean_of_rows(case, loss), adv, empty(case))
+
+
+def cispo(case: Case, max_ratio=5.0) -> Result:
+    """CISPO Eq. 4 and 5 without its lower bound."""
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        adv[i, t] = group_advantage(case, i)
+        rho = np.exp(log_ratio(as_constant(case), i, t))
+        loss[i, t] = -min(rho, max_ratio) * adv[i, t] * logp(case.student, case, i, t)
+    return Result(mean_of_tokens(case, loss), adv, empty(case))
+
+
+def old_k1(case: Case, i: int, t: int) -> float:
+    return logp(case.old, case, i, t) - logp(case.reference, case, i, t)
+
+
+def rloo(case: Case, kl_coef=0.03) -> Result:
+    """RLOO: the whole answer is one action, its reward holds the penalty to the reference."""
+    reward = [
+        float(case.correct[i])
+        - kl_coef * sum(old_k1(case, i, t) for t in np.flatnonzero(case.mask[i]))
+        for i in range(len(case.mask))
+    ]
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        others = [reward[j] for j in group(case, i) if j != i]
+        adv[i, t] = reward[i] - np.mean(others) if others else 0.0
+        loss[i, t] = -adv[i, t] * logp(case.student, case, i, t)
+    return Result(mean_of_sums(case, loss), adv, empty(case))
+
+
+def reinforce_pp(
+    case: Case, kl_coef=1e-3, clip_low=0.2, clip_high=0.2, group_baseline=False
+) -> Result:
+    """REINFORCE++: returns of rewards with a penalty in each token, whitened over the batch."""
+    returns = {}
+    for i in range(len(case.mask)):
+        positions = np.flatnonzero(case.mask[i])
+        reward = float(case.correct[i])
+        if group_baseline and len(positions):
+            reward -= num_correct(case, i) / len(group(case, i))
+        for n, t in enumerate(positions):
+            returns[i, t] = reward - kl_coef * sum(old_k1(case, i, u) for u in positions[n:])
+    x = np.array(list(returns.values()))
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        if len(x) > 1:
+            adv[i, t] = (returns[i, t] - x.mean()) / np.sqrt(x.var(ddof=1) + 1e-8)
+        loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high)
+    return Result(mean_of_tokens(case, loss), adv, empty(case))
+
+
+def opd(case: Case) -> Result:
+    """On-policy distillation with the exact reverse KL; the teacher is another model."""
+    loss, distill = empty(case), empty(case)
+    for i, t in tokens(case):
+        distill[i, t] = 1.0
+        loss[i, t] = kl(case.student[i, t], case.teacher[i, t])
+    return Result(mean_of_rows(case, loss), empty(case), distill)
+
+
+def opd_sampled(case: Case, scale=1.0, clip_low=1.0, clip_high=np.inf) -> Result:
+    """On-policy distillation as a policy gradient, and ExOPD (G-OPD Eq. 11-14) beyond scale 1."""
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        log_T, log_old, log_ref = (
+            logp(z, case, i, t) for z in (case.teacher, case.old, case.reference)
+        )
+        adv[i, t] = (log_T - log_old) + (scale - 1) * (log_T - log_ref)
+        loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high)
+    return Result(mean_of_tokens(case, loss), adv, empty(case))
+
+
+def divergence(log_p: np.ndarray, log_q: np.ndarray, alpha: float) -> float:
+    """JSD_alpha of teacher p and student q; its ends are kl(p||q) and kl(q||p), not limits."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    log_m = {0: log_q, 1: log_p}.get(alpha, np.log(alpha * p + (1 - alpha) * q))
+    weight = {0: (1, 0), 1: (0, 1)}.get(alpha, (alpha, 1 - alpha))
+    return weight[0] * (p * (log_p - log_m)).sum() + weight[1] * (q * (log_q - log_m)).sum()
+
+
+def with_tail(log_x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The classes `ids`, and one class of all others if there are any."""
+    if len(ids) == len(log_x):
+        return log_x
+    return np.append(log_x[ids], np.log(np.exp(np.delete(log_x, ids)).sum()))
+
+
+def sdpo(case: Case, alpha=0.5, top_k=100, is_clip=2.0) -> Result:
+    """SDPO Eq. 11 as released: rows without a teacher are not there."""
+    case = rows_only(case, case.shown)
+    loss, distill = empty(case), empty(case)
+    for i, t in tokens(case):
+        ids = np.argsort(-case.student[i, t])[:top_k]
+        log_p, log_q = (with_tail(log_softmax(z[i, t]), ids) for z in (case.teacher, case.student))
+        rho = np.exp(np.clip(log_ratio(as_constant(case), i, t), -20, 20))
+        distill[i, t] = 1.0
+        loss[i, t] = min(rho, is_clip) * divergence(log_p, log_q, alpha)
+    return Result(mean_of_tokens(case, loss), empty(case), distill)
+
+
+def sdft(case: Case, alpha=0.0, skip=3) -> Result:
+    """SDFT as released: the first `skip` tokens of a row are not there."""
+    case = case._replace(mask=case.mask & (np.arange(case.mask.shape[1]) >= skip))
+    loss, distill = empty(case), empty(case)
+    for i, t in tokens(case):
+        log_p, log_q = log_softmax(case.teacher[i, t]), log_softmax(case.student[i, t])
+        distill[i, t] = float(case.shown[i])
+        loss[i, t] = distill[i, t] * divergence(log_p, log_q, alpha)
+    return Result(mean_of_rows(case, loss), empty(case), distill)
+
+
+def rlrt(case: Case, lam=0.5, eps_w=1.0, clip_low=0.2, clip_high=0.28) -> Result:
+    """RLRT as in CAST App. 8.4."""
+    case = not_truncated(case)
+    loss, adv = empty(case), empty(case)
+    for i, t in tokens(case):
+        adv[i, t] = A = group_advantage(case, i)
+        if case.correct[i] and case.shown[i]:
+            d = logp(case.old, case, i, t) - logp(case.teacher, case, i, t)
+            w = min(max(np.exp(np.sign(A) * d), 1 - eps_w), 1 + eps_w)
+            adv[i, t] = A * ((1 - lam) + lam * w)
+        loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high)
+    return Result(mean_of_tokens(case, loss), adv, empty(case))
+
+
+def grpo_opsd(
+    case: Case, coef=0.2, decay_steps=50, tau=0.05, clip_low=0.2, clip_high=0.28
+) -> Result:
+    """GRPO and OPSD added up, as CAST weighs them; updates count from 1."""
+    case = not_truncated(case)
+    a = coef * max(1 - (case.step + 1) / decay_steps, 0)
+    return add_up(case, a, opsd(case, tau), grpo(case, clip_low, clip_high, kl_coef=0))
+
+
+def grpo_opsd_hsd(case: Case, coef=0.5, beta=1e-3, clip_low=0.2, clip_high=0.2) -> Result:
+    """GRPO and OPSD added up, as HSD weighs them and with HSD's penalty."""
+    penalty = empty(case)
+    for i, t in tokens(case):
+        penalty[i, t] = beta * kl(case.student[i, t], case.reference[i, t])
+    total = add_up(case, coef, opsd(case, np.inf), grpo(case, clip_low, clip_high, kl_coef=0))
+    return total._replace(loss_t=total.loss_t + mean_of_rows(case, penalty))
+
+
+def add_up(case: Case, a: float, distilled: Result, policy: Result) -> Result:
+    """Both are means over rows."""
+    return Result(policy.loss_t + a * distilled.loss_t, policy.adv, a * distilled.distill)
+
+
 ORACLES: dict[str, Callable[..., Result]] = {
     "grpo": grpo,
     "rlsd": rlsd,
@@ -280,19 +526,34 @@ ORACLES: dict[str, Callable[..., Result]] = {
     "sc_grpo": sc_grpo,
     "hsd": hsd,
     "opsd": opsd,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "opd": opd,
+    "opd_sampled": opd_sampled,
+    "sdpo": sdpo,
+    "sdft": sdft,
+    "rlrt": rlrt,
+    "grpo_opsd": grpo_opsd,
+    "grpo_opsd_hsd": grpo_opsd_hsd,
 }
 
 
 def gradient(oracle: Callable[[Case], Result], case: Case, h: float = 1e-5) -> np.ndarray:
     """Central differences of the loss with respect to `case.student`, f64[B, T, V].
 
-    A token's term depends on its own logits only, so all tokens are moved at once.
+    A row's terms depend on its own logits only, so all rows are moved at once.
     """
+    case = case._replace(detached=case.student)
     out = np.zeros_like(case.student)
-    for v in range(out.shape[-1]):
-        step = h * np.eye(out.shape[-1])[v]
+    for t, v in np.ndindex(out.shape[1:]):
+        step = np.zeros(out.shape[1:])
+        step[t, v] = h
         ahead, behind = (case._replace(student=case.student + s * step) for s in (1, -1))
-        out[..., v] = (oracle(ahead).loss_t - oracle(behind).loss_t) / (2 * h)
+        out[:, t, v] = (oracle(ahead).loss_t - oracle(behind).loss_t).sum(axis=1) / (2 * h)
     return out
 
 

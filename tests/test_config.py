@@ -1,15 +1,18 @@
 """Bad input is answered with one clear line before any compute."""
 
+import inspect
 import json
 import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxrl_sd import config as configuration
 from jaxrl_sd import contexts
-from jaxrl_sd.methods import METHODS
+from jaxrl_sd.methods import METHODS, PRESETS
 from jaxrl_sd.train import prepare
 from jaxrl_sd.types import InputError
 
@@ -22,10 +25,32 @@ def config(tmp_path):
     return config
 
 
-def test_the_default_is_valid_for_every_method(config):
-    for name in METHODS:
-        config.method.name = name
-        assert configuration.check(config).loss is not None
+@pytest.mark.parametrize("name", METHODS | PRESETS)
+def test_the_default_is_valid_for_every_method(config, name):
+    config.method.name = name
+    factory = (METHODS | PRESETS)[name]
+    if "teacher" in inspect.signature(factory).parameters:
+        with pytest.raises(InputError, match=f"method.teacher: {name} cannot do without it"):
+            configuration.check(config)
+        config.method.teacher = "a/folder"
+    assert configuration.check(config).loss is not None
+
+
+def test_a_preset_can_be_changed(config):
+    config.method = {"name": "sdpo_feedback", "rate": 0.5}
+    assert configuration.check(config).teachers["teacher"].source.name == "ema_0.5"
+
+
+def test_schedules_count_steps_and_not_updates(config):
+    """Warm-up of two steps with two updates each."""
+    config.optimizer.warmup_steps, config.optimizer.mini_batches = 2, 2
+    optimizer = configuration.optimizer(config)
+    params = jnp.zeros(())
+    state, moves = optimizer.init(params), []
+    for _ in range(6):
+        move, state = optimizer.update(jnp.ones(()), state, params)
+        moves.append(float(move) / -config.optimizer.learning_rate)
+    np.testing.assert_allclose(moves, [0.5, 0.5, 1, 1, 1, 1], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +70,11 @@ def test_the_default_is_valid_for_every_method(config):
         ("rollout.temperature", 0.0, "rollout.temperature: expected more than 0"),
         ("rollout.top_p", 1.5, r"rollout.top_p: expected in \(0, 1\], got 1.5"),
         ("optimizer.schedule", "steep", "optimizer.schedule: expected one of .*'cosine'"),
+        ("optimizer.mini_batches", 5, "optimizer.mini_batches: expected a divisor of 32 prompts"),
+        ("optimizer.epochs", 0, "optimizer.epochs: expected at least 1, got 0"),
+        ("rollout.max_rounds", 0, "rollout.max_rounds: expected at least 1, got 0"),
+        ("importance.level", "row", "importance.level: expected one of .*'sequence'.*, got 'row'"),
+        ("importance.cap", 0.0, "importance.cap: expected more than 0"),
         ("compute.micro_batches", 3, "compute.micro_batches: expected a divisor of 256 rows"),
         ("templates.anwser", {"user": ""}, "templates.anwser: unknown, expected .*'answer'"),
         ("templates.answer", {"usr": ""}, "templates.answer.usr: unknown, expected"),
@@ -64,6 +94,38 @@ def test_wrong_settings_are_named(config, field, value, message):
         target[key] = value
     with pytest.raises(InputError, match=message):
         configuration.check(config)
+
+
+def test_micro_batches_divide_the_rows_of_a_mini_batch(config):
+    config.optimizer.mini_batches, config.compute.micro_batches = 8, 32
+    configuration.check(config)
+    config.compute.micro_batches = 64
+    with pytest.raises(InputError, match=r"compute.micro_batches: .* divisor of 32 rows"):
+        configuration.check(config)
+
+
+@pytest.mark.parametrize("buffer", [-1, 24, 4096])
+def test_lengths_that_a_method_cannot_grade_are_refused(config, buffer):
+    config.method = {"name": "dapo", "overlong_buffer": buffer}
+    with pytest.raises(InputError, match=f"method.overlong_buffer: .* 24 tokens .* got {buffer}"):
+        configuration.check(config)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_join_the_loss(config, level):
+    plain = configuration.check(config).loss
+    config.importance.level = level
+    assert configuration.check(config).loss is not plain
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(config, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(configuration.TINY_MODEL, folder)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace('"think"', '"thought"'))
+    config.method = {"name": "opd", "teacher": str(folder)}
+    with pytest.raises(InputError, match=f"the teacher in {folder} has another tokenizer"):
+        prepare(config)
 
 
 def test_a_method_without_groups_takes_single_samples(config):

@@ -15,13 +15,14 @@ from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.scoring import token_stats
 from jaxrl_sd.tokens import Template
 from jaxrl_sd.types import Batch, InputError, Problem, Rollouts, Sample
+from jaxrl_sd.vocabulary import STUDENT
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 HEADER = "<|im_start|>assistant\n"
-SLOTS = {"answer": "ANSWER", "solution": "SOLUTION", "peer": "PEER"}
+SLOTS = {"answer": "ANSWER", "solution": "SOLUTION", "peer": "PEER", "feedback": "FEEDBACK"}
 
 
 def new_tokenizer(**special) -> PreTrainedTokenizerFast:
@@ -81,6 +82,7 @@ def test_every_template_keeps_the_students_turn_and_header(tokenizer, name):
     assert text.removesuffix(TEMPLATES[name].tail).endswith("<|im_end|>\n" + HEADER)
     wanted = {"answer": "answer", "solution": "solution", "answer_solution": "answer solution"}
     wanted |= {"answer_peer": "answer peer", "peer": "peer", "attempt": "peer"}
+    wanted |= {"correct_solution": "peer", "feedback": "feedback", "demonstration": "solution"}
     used = {slot for slot, value in SLOTS.items() if value in text}
     assert used == set(wanted.get(name, "").split())
     assert text.count("{") == 1
@@ -99,6 +101,32 @@ def test_braces_in_texts_stay(tokenizer, value):
 
 def test_unknown_slots_of_a_template_are_text():
     assert tokens.fill("{a} {b} {} {a b}", {"a": "{b}"}) == "{b} {b} {} {a b}"
+
+
+def test_sibling_or_feedback():
+    """The first correct other row without its thoughts; else the feedback to a failure; else none.
+
+    No row is ever shown its own text.
+    """
+    thought = Sample((), "<think>a\n{b}</think>\n\nfirst", True, False, "well done")
+    right = Sample((), "second", True, False)
+    failed = Sample((), "no idea", False, False, "expected 3, got 4")
+    silent, unknown = Sample((), "?", False, False), Sample((), "?", None, False, "time")
+    write = contexts.sibling_or_feedback().write
+
+    def shown(*samples):
+        return [
+            hint and (hint.template, *hint.slots.values(), hint.source)
+            for hint in write(PROBLEM, samples, None)
+        ]
+
+    first = ("correct_solution", "first", 1)
+    second = ("correct_solution", "second", 3)
+    assert shown(failed, thought, unknown, right) == [first, second, first, first]
+    alone = ("correct_solution", "first", 0)
+    assert shown(thought, failed, silent) == [None, alone, alone]
+    feedback = ("feedback", "expected 3, got 4", -1)
+    assert shown(failed, silent, unknown) == [feedback, None, None]
 
 
 # Prompts that are too long.
@@ -230,7 +258,10 @@ def test_the_teacher_scores_the_very_ids_that_were_sampled(tokenizer):
     rollouts = Rollouts(hints.prompt, hints.prompt_length, response, *[mask_t] * 3, *[ones] * 3, 2)
     requests = {"logp": ("t", stats.teacher_log_prob)}
     batch = Batch(rollouts, {"t": hints})
-    got = jax.jit(lambda p, b: token_stats(requests, p, {"t": p}, b, config, 1.0, 7))(params, batch)
+    configs = {STUDENT: config, "t": config}
+    got = jax.jit(lambda p, b: token_stats(requests, p, {"t": p}, b, configs, 1.0, 7))(
+        params, batch
+    )
     for i, n in enumerate(lengths):
         slots = {"problem": PROBLEM.prompt, "peer": f"response {hints.source[i] % 2}"}
         template = templates["peer" if hints.shown[i] else "nothing"]

@@ -14,7 +14,7 @@ PACKAGE = Path(jaxrl_sd.__file__).parent
 # A module may import from its own line and from the lines above. A folder's modules stand together.
 LAYERS = [
     ["types"],
-    ["stats", "groups", "losses"],  # arithmetic
+    ["stats", "groups", "losses", "vocabulary"],  # arithmetic
     ["tokens", "model"],
     ["contexts", "teachers"],
     ["methods"],

@@ -194,6 +194,39 @@ def test_gspo_clips_the_ratio_of_the_sequence():
     np.testing.assert_allclose(slope, expected, rtol=1e-5)
 
 
+def test_golden_importance_weights():
+    """Ratios 2, 1/2 and, masked, NaN; then a row of 8 and one without tokens."""
+    trainer = jnp.log(jnp.array([[0.4, 0.2, 0.1], [0.8, 0.8, 0.8], [0.1, 0.1, 0.1]]))
+    sampler = jnp.log(jnp.array([[0.2, 0.4, NAN], [0.4, 0.4, 0.4], [NAN, NAN, NAN]]))
+    mask = jnp.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    of_tokens = losses.token_importance(trainer, sampler, mask, 1.5)
+    np.testing.assert_allclose(of_tokens, [[1.5, 0.5, 1], [1.5] * 3, [1] * 3], rtol=1e-6)
+    of_rows = losses.sequence_importance(trainer, sampler, mask, 5.0)
+    np.testing.assert_allclose(of_rows, [[1], [5], [1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("importance", [losses.token_importance, losses.sequence_importance])
+def test_importance_weights_are_constants_and_finite(importance):
+    mask = jnp.ones((1, 2))
+
+    def weight(trainer):
+        return importance(trainer, jnp.array([[-2000.0, -1.0]]), mask, 3.0).sum()
+
+    assert jnp.isfinite(weight(jnp.array([[-1.0, -2000.0]])))
+    assert not jax.grad(weight)(jnp.array([[-1.0, -1.5]])).any()
+
+
+@pytest.mark.parametrize(
+    ("adv", "ratio", "expected"),
+    [(1, 1.5, 1), (1, 0.5, 0), (-1, 1.5, 0), (-1, 0.5, 1), (1, 1.25, 0), (-1, 0.85, 0), (0, 9, 0)],
+)
+def test_a_clipped_token_is_one_without_a_gradient(adv, ratio, expected):
+    logp = jnp.log(ratio)
+    assert losses.clipped(logp, 0.0, adv, 0.2, 0.28) == expected
+    slope = jax.grad(losses.ppo)(logp, 0.0, float(adv), 0.2, 0.28)
+    assert (slope == 0) == (expected == 1 or adv == 0)
+
+
 @pytest.mark.parametrize(("scale", "expected"), [(1.0, 0.6), (1.25, 0.85)])
 def test_golden_distillation_advantage(scale, expected):
     adv = losses.distillation_advantage(f32(-1.0), f32(-1.6), f32(-2.0), scale)

@@ -13,6 +13,7 @@ from jaxrl_sd import model, stats
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.scoring import token_stats
 from jaxrl_sd.types import Batch, Hints, Rollouts
+from jaxrl_sd.vocabulary import STUDENT
 
 CONFIG = ModelConfig(
     vocab_size=18,
@@ -100,8 +101,8 @@ def scorer(chunk: int, tied: bool = True):
     """Statistics, and the gradients of their weighted sum to student and teachers."""
 
     def total(params, teachers, batch, temperature):
-        config = CONFIG if tied else UNTIED
-        out = token_stats(REQUESTS, params, teachers, batch, config, temperature, chunk)
+        configs = dict.fromkeys((STUDENT, *teachers), CONFIG if tied else UNTIED)
+        out = token_stats(REQUESTS, params, teachers, batch, configs, temperature, chunk)
         return sum(jnp.sum(x[:, :T] * WEIGHT_T[name]) for name, x in out.items()), out
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -257,7 +258,8 @@ def test_logits_of_all_tokens_never_exist():
     def megabytes(chunk):
         def loss(params, teacher, batch):
             teachers = {"teacher": teacher}
-            return token_stats(requests, params, teachers, batch, config, 1.0, chunk)["kl"].sum()
+            configs = dict.fromkeys((STUDENT, "teacher"), config)
+            return token_stats(requests, params, teachers, batch, configs, 1.0, chunk)["kl"].sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(shapes, shapes, batch).compile()
         return compiled.memory_analysis().temp_size_in_bytes / 2**20

@@ -44,9 +44,9 @@ def test_too_many_devices_are_refused():
 
 def test_moments_and_teachers_are_split_like_the_parameters(mesh):
     params = model.init_params(jax.random.key(0), CONFIG)
-    state = init_state(params, optax.adamw(1e-3), METHODS["rlsd"]().teachers, seed=0)
+    state = init_state({None: params}, optax.adamw(1e-3), METHODS["rlsd"]().teachers, seed=0)
     specs = jax.tree.map(lambda s: s.spec, sharding.of_state(state, mesh))
-    assert specs.params["layers"]["q"] == PartitionSpec(None, "fsdp", "tensor", None)
+    assert specs.params["layers"]["q"] == PartitionSpec(None, "fsdp", "tensor")
     assert specs.params["layers"]["down"] == PartitionSpec(None, "tensor", "fsdp")
     assert specs.params["layers"]["q_norm"] == PartitionSpec()
     assert specs.opt_state[0].mu == specs.opt_state[0].nu == specs.params
@@ -57,7 +57,7 @@ def test_moments_and_teachers_are_split_like_the_parameters(mesh):
 def test_an_axis_that_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(data=1, fsdp=3, tensor=2)
     embed = sharding.of_state({"embed": np.zeros((20, 16))}, mesh)["embed"]
-    assert embed.spec == PartitionSpec("tensor", None)
+    assert embed.spec == PartitionSpec("tensor")
 
 
 def test_a_sharded_sampler_draws_the_same_tokens(mesh):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from jaxrl_sd import model, stats
+from jaxrl_sd import stats
+from jaxrl_sd.vocabulary import MASKED
 
 # The pair of distributions whose divergences are known to six digits.
 TEACHER = np.array([2.0, 1.0, 0.0, -2.0], np.float32)
@@ -90,8 +91,8 @@ STATS = {
     ),
 }
 DIVERGENCES = [name for name in STATS if name not in ("log_prob", "log_prob_gap", "entropy")]
-WHOLE = [name for name in DIVERGENCES if "student" not in name and "teacher" not in name]
-ON_TOP_K = [name for name in DIVERGENCES if name not in WHOLE]
+WHOLE = [name for name in DIVERGENCES if "truncate" not in name]
+ON_TOP_K = [name for name in DIVERGENCES if "student" in name or "teacher" in name]
 
 
 @jax.jit
@@ -145,7 +146,7 @@ def test_value_and_gradient_equal_float64(name, vocab, eps):
         coordinates = np.unique([*coordinates, i, *range(0, vocab, vocab // 5)])
         expected = finite_differences(oracle, q, p, i, coordinates)
         error = np.abs(gradient[coordinates] - expected).max()
-        assert error <= 1e-3 * np.abs(expected).max() + (atol if name in ON_TOP_K else 0)
+        assert error <= 1e-3 * np.abs(expected).max() + (atol if "truncate" in name else 0)
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1.0])
@@ -269,11 +270,14 @@ def test_golden_entries_of_the_clipped_forward_kl():
     [
         (RKL, "student", "tail", 0.534165),
         (FKL, "student", "tail", 0.432969),
+        (stats.jsd_of_log_probs(0), "student", "tail", 0.432969),
+        (stats.jsd_of_log_probs(1), "student", "tail", 0.534165),
         (stats.jsd_of_log_probs(0.5), "student", "tail", 0.112048),
         (RKL, "student", "renormalize", 0.272874),
         (FKL, "student", "renormalize", 0.257403),
         (stats.jsd_of_log_probs(0.5), "student", "renormalize", 0.064713),
         (FKL, "student", "truncate", -0.177202),
+        (stats.jsd_of_log_probs(0), "student", "truncate", -0.177202),
         (RKL, "teacher", "tail", 0.757614),
         (FKL, "teacher", "tail", 0.694473),
         (stats.jsd_of_log_probs(0.5), "teacher", "tail", 0.165229),
@@ -286,7 +290,11 @@ def test_golden_divergences_on_the_two_likeliest_tokens(divergence, of, rest, ex
 
 def test_golden_classes_on_the_two_likeliest_tokens_and_the_tail():
     def classes(pick):
-        stat = stats.on_top_k(lambda *log_qp: jnp.exp(log_qp[pick]), 2, "student", "tail")
+        def divergence(*log_qp, whole):
+            assert whole
+            return jnp.exp(log_qp[pick])
+
+        stat = stats.on_top_k(divergence, 2, "student", "tail")
         return stat(jnp.array(STUDENT), jnp.array(TEACHER), TOKEN)
 
     np.testing.assert_allclose(classes(0), [0.455054, 0.276004, 0.268941], atol=1e-6)
@@ -319,7 +327,7 @@ def test_jsd_of_disjoint_distributions_is_log_2():
 
 
 # A truncated KL is not flat at equality: moving mass onto the support lowers it.
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if "truncate" not in name])
+@pytest.mark.parametrize("name", WHOLE)
 def test_equal_distributions_have_no_divergence_and_no_gradient(name):
     student, _, token = random_logits(151, 0.0)
     value, gradient = evaluate(name, student, student, token)
@@ -363,7 +371,7 @@ def test_renaming_the_vocabulary_changes_nothing(name):
 @pytest.mark.parametrize("name", STATS)
 def test_vocabulary_padding_changes_nothing(name):
     student, teacher, token = random_logits(7, 3.0)
-    padding = np.full((len(student), 144), model.MASKED, np.float32)
+    padding = np.full((len(student), 144), MASKED, np.float32)
     value, gradient = evaluate(name, student, teacher, token)
     padded = [np.concatenate([x, padding], -1) for x in (student, teacher)]
     padded_value, padded_gradient = evaluate(name, *padded, token)
@@ -402,6 +410,43 @@ def test_a_support_that_holds_all_mass_stays_finite(name):
     assert np.isfinite(value).all() and np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("divergence", [RKL, FKL])
+def test_a_tail_of_tiny_mass_keeps_its_digits(divergence):
+    # The two likeliest tokens agree, so that everything comes from the rest: its mass is 1e-12.
+    student = np.array([1, 0, -28, -29, -30, -27], np.float32)
+    teacher = np.array([1, 0, -28.5, -27, -31, -29], np.float32)
+    stat = stats.on_top_k(divergence, 2, "student", "tail")
+    value, gradient = jax.value_and_grad(stat)(student, teacher, TOKEN)
+    q, p = (np.exp(log_softmax(x.astype(np.float64)))[2:] for x in (student, teacher))
+    gap = np.log(q.sum() / p.sum())
+    expected = {
+        RKL: (q.sum() * gap - q.sum() + p.sum(), q * gap),
+        FKL: (-p.sum() * gap - p.sum() + q.sum(), q - p.sum() * q / q.sum()),
+    }[divergence]
+    np.testing.assert_allclose(value, expected[0], rtol=1e-4)
+    np.testing.assert_allclose(gradient[2:], expected[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("k", "padding"), [(7, 0), (9, 0), (9, 4)])
+def test_a_support_of_the_whole_vocabulary_leaves_nothing_out(k, padding):
+    student, teacher, token = random_logits(7, 3.0)
+    pad = ((0, 0), (0, padding))
+    student, teacher = (np.pad(x, pad, constant_values=MASKED) for x in (student, teacher))
+    whole = [stats.on_top_k(FKL, k, "student", r) for r in ("tail", "renormalize", "truncate")]
+
+    @jax.jit
+    def evaluate(student):
+        def total(stat):
+            return lambda student: stat(student, teacher, token).sum()
+
+        return [jax.value_and_grad(total(stat))(student) for stat in (stats.forward_kl, *whole)]
+
+    expected, *others = evaluate(student)
+    for value, gradient in others:
+        np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(gradient, expected[1], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["log_prob_gap", "reverse_kl", "rkl_student_tail"])
 def test_any_leading_shape_will_do(name):
     student, teacher, token = random_logits(7, 1.0)
@@ -411,15 +456,21 @@ def test_any_leading_shape_will_do(name):
 
 
 @pytest.mark.parametrize("beta", [-0.1, 1.1])
-def test_a_jsd_weight_outside_0_to_1_is_refused(beta):
-    with pytest.raises(ValueError, match="beta"):
-        stats.generalized_jsd(beta)
+@pytest.mark.parametrize("factory", [stats.generalized_jsd, stats.jsd_of_log_probs])
+def test_a_jsd_weight_outside_0_to_1_is_refused(factory, beta):
+    with pytest.raises(ValueError, match=rf"beta: expected a number in \[0, 1\], got {beta}"):
+        factory(beta)
 
 
 @pytest.mark.parametrize(("of", "rest"), [("policy", "tail"), ("student", "drop")])
 def test_an_unknown_support_is_refused(of, rest):
     with pytest.raises(ValueError, match="policy" if of == "policy" else "drop"):
         stats.on_top_k(RKL, 2, of, rest)
+
+
+def test_an_empty_support_is_refused():
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        stats.on_top_k(RKL, 0, "student", "tail")
 
 
 # Quantile.

@@ -39,6 +39,14 @@ def test_frozen_is_the_initial_policy():
     assert values(teacher_after(teachers.frozen(), 4)) == [0, 0, 0, 0, 0]
 
 
+def test_external_never_changes_and_names_its_checkpoint():
+    source = teachers.external("a/folder")
+    assert source.checkpoint == "a/folder"
+    assert source.name not in (teachers.frozen().name, teachers.external("b/folder").name)
+    assert values(teacher_after(source, 3)) == [0, 0, 0, 0]
+    assert all(s.checkpoint is None for s in (teachers.frozen(), teachers.ema(0.1)))
+
+
 def test_synced_copies_after_every_third_update():
     # Updates 1 ... 3 use the initial weights, 4 ... 6 those after update 3.
     assert values(teacher_after(teachers.synced(3), 8)) == [0, 0, 0, 3, 3, 3, 6, 6, 6]

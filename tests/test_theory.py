@@ -1,135 +1,35 @@
 """The papers' theorems on small vocabularies, by enumeration, with the package's own functions.
 
+One section a paper; what estimators and surrogates estimate is in test_theory_estimators.py.
+
 Where a paper's statement is not exactly true, the exact form is tested and the paper's is shown to
 fail.
 """
 
-from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from enumeration import (
+    binomial,
+    divergence,
+    gaps,
+    gradient,
+    kl,
+    log,
+    log_prob_gradients,
+    one_group_of_each_count,
+    random_distributions,
+    slope,
+    softmax,
+)
 
-from jaxrl_sd import groups, losses, model, stats
+from jaxrl_sd import groups, stats
+from jaxrl_sd.methods.cast import cast, token_advantage
 from jaxrl_sd.methods.rlsd import evidence_weight
-
-
-def log(x):
-    """Logits of probabilities; impossible tokens get the logit of vocabulary padding."""
-    x = np.asarray(x, np.float64)
-    return jnp.array(np.log(x, where=x > 0, out=np.full(x.shape, model.MASKED)), jnp.float32)
-
-
-def divergence(stat, student, teacher):
-    """A statistic that needs no token, of two distributions."""
-    return float(_value(stat, log(student), log(teacher)))
-
-
-def gradient(stat, student_logits, teacher_logits):
-    """The same from logits, differentiated with respect to the student's."""
-    return np.asarray(_gradient(stat, student_logits, teacher_logits))
-
-
-@partial(jax.jit, static_argnums=0)
-def _value(stat, student_logits, teacher_logits):
-    return stat(student_logits, teacher_logits, jnp.int32(0))
-
-
-_gradient = jax.jit(jax.grad(_value, argnums=1), static_argnums=0)
-
-
-def log_probs(logits):
-    """Log-probability of every token, [V]."""
-    V = logits.shape[-1]
-    logits = jnp.broadcast_to(logits, (V, V))
-    return stats.log_prob(logits, logits, jnp.arange(V))
-
-
-def gaps(student, teacher):
-    """log teacher - log student of every token of two distributions, f64[V]."""
-    V = len(student)
-    logits = (jnp.broadcast_to(log(x), (V, V)) for x in (student, teacher))
-    return np.asarray(stats.log_prob_gap(*logits, jnp.arange(V)), np.float64)
-
-
-def log_prob_gradients(logits):
-    """d log softmax(logits)[v] / d logits, [V, V] with v first."""
-    return np.asarray(jax.jacobian(log_probs)(logits))
-
-
-def expected_gradient(loss, logits):
-    """E over tokens of d loss(log pi(token)) / d logits: what the sampled gradient estimates."""
-    gradients = jax.jacobian(lambda logits: loss(log_probs(logits)))(logits)
-    return np.asarray(jax.nn.softmax(logits)) @ np.asarray(gradients)
-
-
-def random_distributions(rng, *shape):
-    return rng.dirichlet(np.ones(shape[-1]), shape[:-1])
-
-
-# SDPG: what each surrogate's gradient estimates.
-
-Z = jnp.array([0.2, -0.1, 0.4, 0.0])
-P = np.array([0.26448367, 0.19593432, 0.32304109, 0.21654092])
-TEACHER = log([0.4, 0.3, 0.2, 0.1])
-REFERENCE = log([0.25, 0.35, 0.15, 0.25])
-
-
-def test_sdpg_reverse_kl_gradient_is_a_policy_gradient_over_the_vocabulary():
-    expected = [-0.14361225, -0.10880408, 0.11311483, 0.13930150]
-    kl = float(stats.reverse_kl(Z, TEACHER, np.int32(0)))
-    assert kl == pytest.approx(0.12930597, abs=3e-7)
-    np.testing.assert_allclose(gradient(stats.reverse_kl, Z, TEACHER), expected, atol=3e-7)
-
-    teacher_logp, logp = log_probs(TEACHER), log_probs(Z)
-    A = kl + losses.distillation_advantage(teacher_logp, logp, logp)
-    np.testing.assert_allclose(A, [0.54299100, 0.55530893, -0.35015618, -0.64330336], atol=1e-6)
-    np.testing.assert_allclose(P @ A, 0, atol=3e-7)
-    surrogate = expected_gradient(lambda logp: losses.reinforce(logp, A), Z)
-    np.testing.assert_allclose(surrogate, expected, atol=3e-7)
-
-
-@pytest.mark.parametrize(
-    ("penalty", "expected"),
-    [
-        # kl(reference||policy): UFKL is k3 plus 1.
-        (losses.k3, [0.01448367, -0.15406568, 0.17304109, -0.03345908]),
-        (losses.fkl, [0.01448367, -0.15406568, 0.17304109, -0.03345908]),
-        # kl(policy||reference): URKL is k2.
-        (losses.k2, [-0.01629509, -0.13677846, 0.20972302, -0.05664947]),
-        (losses.rkl, [-0.01629509, -0.13677846, 0.20972302, -0.05664947]),
-        # The obvious estimator of kl(policy||reference) has no gradient at all.
-        (losses.k1, [0, 0, 0, 0]),
-    ],
-)
-def test_sdpg_expected_gradients_of_the_anchors(penalty, expected):
-    reference_logp = log_probs(REFERENCE)
-    sampled = expected_gradient(lambda logp: penalty(logp, reference_logp), Z)
-    np.testing.assert_allclose(sampled, expected, atol=3e-7)
-
-
-def test_sdpg_expected_gradients_are_those_of_the_exact_kls():
-    forward, reverse = (gradient(f, Z, REFERENCE) for f in (stats.forward_kl, stats.reverse_kl))
-    reference_logp = log_probs(REFERENCE)
-    for penalty, exact in [(losses.k3, forward), (losses.k2, reverse)]:
-        sampled = expected_gradient(lambda logp, f=penalty: f(logp, reference_logp), Z)
-        np.testing.assert_allclose(sampled, exact, atol=3e-7)
-
-
-@pytest.mark.parametrize(
-    ("penalty", "coefficient"),
-    [(losses.k3, 0), (losses.k2, 0), (losses.fkl, -1), (losses.rkl, 1), (losses.k1, 1)],
-)
-def test_sdpg_only_the_centred_anchors_are_silent_token_by_token_at_the_reference(
-    penalty, coefficient
-):
-    logp = log_probs(Z)
-    slopes = jax.grad(lambda x: penalty(x, logp).sum())(logp)
-    np.testing.assert_allclose(slopes, coefficient, atol=3e-7)
-    np.testing.assert_allclose(expected_gradient(lambda x: penalty(x, logp), Z), 0, atol=3e-7)
-
 
 # RLSD: a teacher that knows one of two answers.
 
@@ -148,6 +48,8 @@ def test_rlsd_theorem_1_mutual_information_is_a_floor_of_forward_kl():
     np.testing.assert_allclose(
         [total, best, floor], [0.264292711566, 0.033647223662, 0.230645487904], atol=1e-6
     )
+    information = np.mean([kl(p, P_MEAN) for p in P_T])  # of token and answer
+    assert floor == pytest.approx(information, abs=1e-6)
     rng = np.random.default_rng(0)
     for student in random_distributions(rng, 20, 3):
         gap = mean_divergence(stats.forward_kl, student)
@@ -243,9 +145,27 @@ def test_rlsd_theorem_5_in_expectation_the_answer_does_steer_the_direction(eps_w
         np.testing.assert_allclose(expected, descent, atol=1e-6)
 
 
-@pytest.mark.parametrize(("sign", "mean"), [(1, 0.96), (-1, 1.04)])
-def test_rlsd_clipped_weights_shift_mass_towards_blame(sign, mean):
-    assert P_S @ multipliers(P_S, P_T[0], sign, 0.2) == pytest.approx(mean, abs=1e-6)
+def test_rlsd_theorem_5_wrong_answers_are_steered_to_the_teacher_too():
+    # A = -1: -E[(P_S / P_T) grad log P_S], half the descent of chi2(P_S||P_T).
+    for student, teacher in random_distributions(np.random.default_rng(0), 20, 2, 4):
+        w = multipliers(student, teacher, -1, np.inf)
+        ascent = -student @ (w[:, None] * log_prob_gradients(log(student)))
+        descent = -slope(lambda z, p=teacher: (softmax(z) ** 2 / p).sum() / 2, np.log(student))
+        np.testing.assert_allclose(ascent, descent, rtol=1e-4, atol=1e-4)
+    clipped = multipliers(P_S, P_T[0], -1, 0.2)
+    ascent = -P_S @ (clipped[:, None] * log_prob_gradients(log(P_S)))
+    np.testing.assert_allclose(ascent, [0.096, -0.056, -0.040], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "praise", "blame"),
+    [(P_S, P_T[0], 0.96, 1.04), ([0.9, 0.1], [0.99, 0.01], 1.07, 0.93818)],
+)
+def test_rlsd_clipped_weights_shift_mass_between_praise_and_blame_either_way(
+    student, teacher, praise, blame
+):
+    for sign, mean in [(1, praise), (-1, blame)]:
+        assert student @ multipliers(student, teacher, sign, 0.2) == pytest.approx(mean, abs=1e-5)
 
 
 @pytest.mark.parametrize("teacher", P_T)
@@ -256,6 +176,109 @@ def test_rlsd_moments_of_the_gap(teacher):
     assert P_S @ gap == pytest.approx(-kl, abs=1e-6) and kl > 0
     chi2 = ((P_S - teacher) ** 2 / teacher).sum()
     assert P_S @ np.exp(-gap) == pytest.approx(1 + chi2, abs=1e-5)
+
+
+# CAST: whose sign the advantage of a token has.
+
+
+def random_tokens(rng):
+    """Random (B [N, 1] > 0, g [N, T] != 0) from rounding to far beyond every bound."""
+    scale = rng.choice([1e-6, 0.03, 1, 30], (100, 1))
+    return jnp.asarray(rng.uniform(0.01, 3, (100, 1))), jnp.asarray(
+        scale * rng.standard_normal((100, 20))
+    )
+
+
+def random_bounds(rng, least_high=0.0):
+    low = rng.uniform(0, 2)
+    return low, max(low, least_high) + rng.uniform(0, 2)
+
+
+def test_cast_the_sign_of_the_verdict_does_not_matter_where_there_is_a_gap():
+    # For every strength and all bounds, not the default ones alone.
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        B, g = random_tokens(rng)
+        knobs = rng.uniform(0, 3), random_bounds(rng), random_bounds(rng), rng.uniform(0.1, 3)
+        correct, wrong = (token_advantage(sign * B, g, *knobs) for sign in (1, -1))
+        np.testing.assert_array_equal(correct, wrong)
+    without_a_gap = [token_advantage(sign * B, 0 * g) for sign in (1, -1)]
+    np.testing.assert_array_equal(without_a_gap[0], -without_a_gap[1])
+    without_flips = [token_advantage(sign * B, g, flip=False) for sign in (1, -1)]
+    assert (jnp.sign(without_flips[0]) == -jnp.sign(without_flips[1])).all()
+
+
+def test_cast_the_sign_is_that_of_the_gap_if_the_upper_bounds_are_at_least_1():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        B, g = random_tokens(rng)
+        bounds = random_bounds(rng, 1.0), random_bounds(rng, 1.0)
+        for sign in (1, -1):
+            A = token_advantage(sign * B, g, rng.uniform(0, 3), *bounds)
+            assert (jnp.sign(A) == jnp.sign(g)).all()
+    B, g = jnp.ones((1, 1)), jnp.ones((1, 1))
+    below = token_advantage(B, g, 3.0, (0.4, 0.5))
+    assert below[0, 0] == pytest.approx(-0.5)  # 1 + 3 (0.5 - 1)
+
+
+def test_cast_lower_bounds_up_to_1_do_nothing_once_both_flips_are_on():
+    B, g = random_tokens(np.random.default_rng(2))
+    for sign in (1, -1):
+        default = token_advantage(sign * B, g)
+        without = token_advantage(sign * B, g, 1.0, (0.0, 1.05), (0.0, 1.2))
+        np.testing.assert_array_equal(default, without)
+
+
+def test_cast_trains_all_correct_and_all_wrong_groups_alike_but_for_tokens_without_a_gap():
+    g = np.random.default_rng(0).standard_normal((4, 6))
+    g[:, 0] = 0.0
+    ones = jnp.ones(4)
+
+    def credit(correct):
+        rollouts = SimpleNamespace(
+            mask_t=jnp.ones((4, 6)), reward=correct, correct=correct, graded=ones, group_size=4
+        )
+        batch = SimpleNamespace(rollouts=rollouts, scores={"gap": jnp.asarray(g)})
+        return cast().credit(batch, 0)[0].adv_t
+
+    correct, wrong = credit(ones), credit(0 * ones)
+    np.testing.assert_array_equal(correct[:, 1:], wrong[:, 1:])
+    np.testing.assert_array_equal(correct[:, 0], 1)
+    np.testing.assert_array_equal(wrong[:, 0], -1)
+
+
+# OPSD: what capping each vocabulary entry does.
+
+
+def capped_forward_kl(z, p, tau):
+    return np.minimum(p * np.log(p / softmax(z)), tau).sum()
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.05, 0.3])
+def test_opsd_a_capped_token_is_always_pushed_down(tau):
+    capped_kl, num_capped = stats.clipped_forward_kl(tau), 0
+    for q, p in random_distributions(np.random.default_rng(0), 10, 2, 5):
+        ours = gradient(capped_kl, log(q), log(p))
+        np.testing.assert_allclose(
+            ours, slope(lambda z, p=p: capped_forward_kl(z, p, tau), np.log(q)), atol=1e-6
+        )
+        # Those whom the teacher wants most lose to the others: q times the mass not capped.
+        capped = p * np.log(p / q) > tau
+        np.testing.assert_allclose(ours[capped], q[capped] * p[~capped].sum(), atol=1e-6)
+        assert (ours[capped] > 0).all()
+        num_capped += capped.sum()
+    assert num_capped > 5
+
+
+def test_opsd_the_capped_divergence_is_not_lowest_at_the_teacher():
+    p = softmax([2, 1, 0, -2])
+    capped = stats.clipped_forward_kl(0.05)
+    assert divergence(capped, p, p) == pytest.approx(0, abs=1e-6)
+    # A student that has given up the teacher's first choice, and agrees on the rest.
+    q = np.where(np.arange(4) == 0, 1e-4, p * (1 - 1e-4) / (1 - p[0]))
+    assert divergence(capped, q, p) == pytest.approx(0.05 + (1 - p[0]) * np.log(1 - p[0]), abs=1e-4)
+    assert divergence(capped, q, p) < -0.3
+    assert divergence(stats.forward_kl, q, p) > 5
 
 
 # SC-GRPO: what an average over several verified solutions converges to.
@@ -423,6 +446,13 @@ def test_hsd_proposition_2_information_about_the_answer_is_the_mean_sum_of_gaps(
     assert 0 < information <= entropy <= np.log(4)
 
 
+def test_hsd_proposition_2_bounds_the_mean_and_not_the_gap_of_one_token():
+    # A rare answer whose first token gives it away.
+    answer, token = np.array([0.01, 0.99]), np.array([[0.98, 0.02], [0.02, 0.98]])
+    gap = stats.log_prob_gap(log(answer @ token), log(token[0]), np.int32(0))
+    assert float(gap) > 3 > np.log(2) > -(answer @ np.log(answer))
+
+
 def test_hsd_the_answer_of_an_aime_problem_holds_at_most_7_nats():
     uniform = jnp.zeros(1000)
     assert stats.entropy(uniform, uniform, np.int32(0)) == pytest.approx(6.9, abs=0.01)
@@ -457,15 +487,11 @@ def test_hsd_gradient_of_the_loss_is_student_minus_teacher():
 def coverage(p, G):
     """Probabilities, over groups whose rows succeed with probability p each, that a row
     (fails and has a successful peer, has a successful peer)."""
-    successes = np.arange(G + 1)
-    log_binomial = np.array([sum(np.log((G - i) / (i + 1)) for i in range(k)) for k in successes])
-    pmf = np.exp(log_binomial) * p**successes * (1 - p) ** (G - successes)
-    # Rows are exchangeable: one group of each number of successes stands for all of them.
-    correct = (np.arange(G) < successes[:, None]).astype(np.float32)
+    correct = one_group_of_each_count(G)
     n_correct = groups.num_correct(jnp.asarray(correct.ravel()), jnp.ones(correct.size), G)
     peers = np.asarray(n_correct).reshape(correct.shape) - correct
     failing = ((correct == 0) & (peers > 0)).mean(1)
-    return float(pmf @ failing), float(pmf @ (peers > 0).mean(1))
+    return binomial(p, G) @ failing, binomial(p, G) @ (peers > 0).mean(1)
 
 
 def coverage_formula(p, G):

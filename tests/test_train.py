@@ -1,5 +1,6 @@
 """The whole program: every method runs, and a run that is killed continues exactly."""
 
+import dataclasses
 import json
 import math
 import os
@@ -15,31 +16,59 @@ from safetensors.numpy import load_file
 from small_run import MOMENTS, small_config
 
 from jaxrl_sd import config as configuration
-from jaxrl_sd import metrics, tokens, weights
-from jaxrl_sd.methods import METHODS
+from jaxrl_sd import metrics, model, tokens, weights
 from jaxrl_sd.train import train
 from jaxrl_sd.types import InputError
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_through_the_entry_point(tmp_path, name):
+# Those whose host side differs; tests/test_update.py runs every method's device side.
+@pytest.mark.parametrize("name", ["rlsd", "cast", "sc_grpo", "hsd", "dapo", "opd", "sdpo", "sdft"])
+def test_methods_train_through_the_entry_point(tmp_path, name):
     config = small_config(tmp_path, method__name=name)
+    if name == "opd":
+        config.method.teacher = other_model(tmp_path / "teacher")
     config.steps = 2
-    before = configuration.TINY_MODEL
     summary = train(config)
     rows = metrics.read(tmp_path)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     assert rows[1]["rollout/sampler_logp_error_max"] < 1e-4
     assert rows[1]["update/skipped"] == 0 and rows[1]["update/grad_norm"] > 0
+    np.testing.assert_allclose([row["update/first_ratio"] for row in rows[1:3]], 1, atol=1e-4)
     assert summary["method"] == name and summary["num_problems"] == 8
     trained, _ = weights.load(tmp_path / "model")
-    initial, _ = weights.load(before)
+    initial, _ = weights.load(configuration.TINY_MODEL)
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), trained, initial)))
     written = {path.name for path in tmp_path.iterdir()}
     assert {"report.md", "curves.png", "credit.png", "summary.json", "metrics.jsonl"} <= written
     record = json.loads((tmp_path / "rollouts" / "000002.jsonl").read_text().splitlines()[0])
     assert len(record["response_tokens"]) == len(record["advantage"])
+
+
+def other_model(folder) -> str:
+    """A model of one layer and another width, with the shipped model's tokenizer."""
+    _, config = weights.load(configuration.TINY_MODEL)
+    config = dataclasses.replace(config, num_layers=1, hidden_size=32)
+    weights.save(folder, model.init_params(jax.random.key(0), config), config, eos_token_id=(5,))
+    tokens.load_tokenizer(configuration.TINY_MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+def test_sampling_goes_on_until_the_batch_is_full_of_mixed_groups(tmp_path):
+    """And where the rounds do not suffice, nothing that was done is lost."""
+    config = small_config(tmp_path, method__name="dapo", rollout__max_rounds=1)
+    config.method.overlong_buffer = 0
+    config.steps = 2
+    with pytest.raises(InputError, match=r"rollout.max_rounds: dapo kept [0-3] of the 4 groups"):
+        train(config)
+    config.rollout.max_rounds = 20
+    train(config)
+    rows = [row for row in metrics.read(tmp_path) if "rollout/rounds" in row]
+    assert max(row["rollout/rounds"] for row in rows) > 1
+    for row in rows:
+        assert row["rollout/kept"] == row["rollout/mixed"] < 1
+    records = [json.loads(x) for x in (tmp_path / "rollouts/000002.jsonl").read_text().splitlines()]
+    assert {record["reward"] for record in records} == {1, -1}
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Verifiers, and the pool that bounds what they may cost."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +46,9 @@ UNRULY = """
     def allocate(prompt, answer, response):
         return bool(bytearray(1 << 33))
 
+    def explain(prompt, answer, response):
+        return answer == response, f"expected {answer}"
+
     def sees_jax(prompt, answer, response):
         return any(name in sys.modules for name in ("jax", "math_verify", "pytest"))
 """
@@ -56,7 +60,7 @@ def unruly(tmp_path, monkeypatch):
     (tmp_path / "unruly.py").write_text(textwrap.dedent(UNRULY))
     (tmp_path / "slow.py").write_text("import time\nfrom unruly import equal\ntime.sleep(1)")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("equal", "sleep", "compute", "fail", "leave", "crash", "allocate", "sees_jax"):
+    for name in re.findall(r"def (\w+)", UNRULY):
         monkeypatch.setitem(VERIFIERS, name, f"unruly:{name}")
     monkeypatch.setitem(VERIFIERS, "slow", "slow:equal")
     monkeypatch.setitem(VERIFIERS, "broken", "unruly:missing")
@@ -87,6 +91,13 @@ def test_an_answer_that_hangs_costs_itself_only(unruly):
     with VerifierPool(workers=2, timeout_s=0.5) as pool:
         assert pool.grade([job(name) for name in names]) == expected
         assert pool.grade([job("equal"), job("equal", "2")]) == [RIGHT, WRONG]
+
+
+def test_a_verifier_may_say_what_went_wrong(unruly):
+    with VerifierPool(workers=1, timeout_s=20) as pool:
+        verdicts = pool.grade([job("explain"), job("explain", "2"), job("equal", "2")])
+    assert [v.correct for v in verdicts] == [True, False, False]
+    assert [v.feedback for v in verdicts] == ["expected 1", "expected 1", ""]
 
 
 def test_math_verify_can_be_stopped():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_sd import contexts, groups, losses, stats, teachers
@@ -24,21 +25,34 @@ class Teacher(NamedTuple):
     source: Source
 
 
+class Verdicts(NamedTuple):
+    """What is known of the B rows of whole groups when they are graded."""
+
+    correct: np.ndarray  # bool[B], False also where not graded
+    graded: np.ndarray  # bool[B], False: the verifier could not decide
+    length: np.ndarray  # i32[B], tokens, the stop token included
+    truncated: np.ndarray  # bool[B], no stop token within `max_length` tokens
+    group_size: int
+    max_length: int
+
+
 class Grades(NamedTuple):
-    """What the trainer makes of the verdicts of B rows."""
+    """What the trainer makes of verdicts."""
 
     reward: np.ndarray  # f32[B]
     trained: np.ndarray  # bool[B], False: the row's tokens are masked out
+    kept: np.ndarray  # bool[P], False: the group is dropped and another problem takes its place
 
 
-def verdict_reward(correct: np.ndarray, truncated: np.ndarray) -> Grades:
-    """Reward 1 for a correct row and 0 for a wrong one; every row trains. bool[B] each."""
-    return Grades(correct.astype(np.float32), np.ones_like(truncated))
+def verdict_reward(verdicts: Verdicts) -> Grades:
+    """Reward 1 for a correct row and 0 for a wrong one; every row trains, every group is kept."""
+    correct, kept = verdicts.correct, np.ones(len(verdicts.correct) // verdicts.group_size, bool)
+    return Grades(correct.astype(np.float32), np.ones_like(correct), kept)
 
 
-def verdict_reward_untruncated(correct: np.ndarray, truncated: np.ndarray) -> Grades:
+def verdict_reward_untruncated(verdicts: Verdicts) -> Grades:
     """As `verdict_reward`, but truncated rows count in their group and do not train (CAST)."""
-    return Grades(correct.astype(np.float32), ~truncated)
+    return verdict_reward(verdicts)._replace(trained=~verdicts.truncated)
 
 
 def group_advantage(batch: Batch, step: Array) -> tuple[Credit, Metrics]:
@@ -54,11 +68,25 @@ def advantage(batch: Batch) -> Array:
     return groups.standardized(r.reward, r.graded, r.group_size)
 
 
+def linear_decay(step: Array, start: float, decay_steps: int) -> Array:
+    """start max(1 - k / decay_steps, 0) with k = step + 1."""
+    return start * jnp.maximum(1 - (step + 1) / decay_steps, 0.0)
+
+
+def trained_tokens(batch: Batch) -> Array:
+    """Every token of the rows that train, f32[B, T]."""
+    return batch.rollouts.mask_t
+
+
+def shown_tokens(batch: Batch) -> Array:
+    """The tokens of the rows whose teacher is shown something, f32[B, T]."""
+    return batch.rollouts.mask_t * batch.hints["teacher"].shown[:, None]
+
+
 def distill_everything(batch: Batch, step: Array) -> tuple[Credit, Metrics]:
     """Every token is distilled with weight 1 where the teacher is shown something; no reward."""
     del step
-    shown = batch.hints["teacher"].shown[:, None]
-    distill_t = batch.rollouts.mask_t * shown
+    distill_t = shown_tokens(batch)
     return Credit(0 * distill_t, distill_t), {}
 
 
@@ -69,11 +97,9 @@ def policy_gradient(
 
     def loss(token_stats, batch, step):
         del step
-        old_logp_t = batch.scores["old_logp"]
-        loss_t = losses.ppo(
-            token_stats["logp"], old_logp_t, batch.credit.adv_t, clip_low, clip_high, dual_clip
-        )
-        return loss_t, {}
+        of_tokens = token_stats["logp"], batch.scores["old_logp"], batch.credit.adv_t
+        loss_t = losses.ppo(*of_tokens, clip_low, clip_high, dual_clip)
+        return loss_t, {"clipped": losses.clipped(*of_tokens, clip_low, clip_high)}
 
     return loss
 
@@ -89,7 +115,7 @@ class Method(NamedTuple):
     """A training method.
 
     Attributes:
-      grade: verdicts -> rewards and rows that train; on the host.
+      grade: verdicts -> rewards, rows that train, groups that are kept; on the host.
       teachers: by name.
       score: statistics used without gradient, read by `credit` and `loss` from `batch.scores`.
         `old_logp` and `entropy` are always there.
@@ -98,16 +124,18 @@ class Method(NamedTuple):
       probe: statistics that are differentiated with respect to the student, given to `loss`.
         `logp` is always there.
       loss: ({name: f32[b, T]}, batch, step) -> (loss_t f32[b, T], metrics f32[b, T] each).
-      weight: mask_t -> weight_t, how tokens are averaged.
+      mask: batch -> mask_t f32[B, T], the trained tokens that are averaged over.
+      weight: mask_t -> weight_t, how they are averaged.
       min_group_size: the smallest number of samples a prompt with which the method makes sense.
     """
 
-    grade: Callable[[np.ndarray, np.ndarray], Grades] = verdict_reward
+    grade: Callable[[Verdicts], Grades] = verdict_reward
     teachers: Mapping[str, Teacher] = {}
     score: Mapping[str, Request] = {}
     credit: CreditFn = group_advantage
     probe: Mapping[str, Request] = {}
     loss: LossFn = policy_gradient()
+    mask: Callable[[Batch], Array] = trained_tokens
     weight: Callable[[Array], Array] = losses.sequence_mean
     min_group_size: int = 2
 
@@ -145,3 +173,23 @@ def add_reference_kl(method: Method, coef: float) -> Method:
         probe={**method.probe, "reference_kl": ("reference", stats.reverse_kl)},
         loss=loss,
     )
+
+
+IMPORTANCE = {"token": losses.token_importance, "sequence": losses.sequence_importance}
+
+
+def add_importance_weight(method: Method, level: str, cap: float) -> Method:
+    """Multiplies the loss by pi_old / pi_behaviour, truncated at `cap`; averages stay as they are.
+
+    Args:
+      level: "token" or "sequence".
+    """
+
+    def loss(token_stats, batch, step):
+        loss_t, metrics = method.loss(token_stats, batch, step)
+        old_logp_t, r = batch.scores["old_logp"], batch.rollouts
+        w_t = IMPORTANCE[level](old_logp_t, r.behaviour_logp_t, r.mask_t, cap)
+        w_t = jnp.broadcast_to(w_t, loss_t.shape)
+        return w_t * loss_t, {**metrics, "importance": w_t}
+
+    return method._replace(loss=loss)

@@ -9,14 +9,22 @@ A lagged copy of the policy, shown no answer, keeps or flips the sign of each to
     up   = +|B| (1 + lam (clip(exp(+g), max(1, l+), u+) - 1))   if B < 0, g > 0   Eq. 12-13
     A_t  = clip(down, up or keep, -1.2, 1.2)                                      Eq. 14-15
 
-With both flips and the default bounds the sign of A_t is the sign of g whatever the verifier said
-(for g != 0, A_t(B, g) = A_t(-B, g)): the verdict enters through |B| and through tokens with g = 0
-exactly. Watch `gap_negative`, `gap_zero` and `gap_positive`. The paper does not say so.
+With both flips A_t(B, g) = A_t(-B, g) for every g != 0, whatever lam and the bounds are; and the
+sign of A_t is that of g if u+ and u- are at least 1, as by default. So the verdict enters through
+|B| and through tokens with g = 0 exactly, all-correct and all-wrong groups are trained alike but
+for these, and lower bounds up to 1 act with `flip=False` only. The paper does not say so;
+tests/test_theory.py shows it. Watch `gap_negative`, `gap_zero` and `gap_positive`.
 
 Deviations from the paper:
   - Unstated there and chosen here: mean over all trained tokens; standard deviation with n - 1 and
     1e-6; truncated rows count in their group's statistics although their tokens do not train; the
     teacher's `{x}` is the student's rendered chat prompt, with the marker line after it.
+  - Eq. 4 shows the teacher the student's own context, so that g = 0 everywhere after each copy;
+    App. 8.4 adds the marker line and is followed.
+  - Sec. 3.4 flips tokens that are "sufficiently" teacher-positive; Eq. 10 and 12 have the threshold
+    0 and are followed. Rounding can decide such signs; the precision is not stated there.
+  - Whether log-probabilities are tempered is not stated: logits are divided by the sampling
+    temperature, top-k and top-p are left out.
   - g is bounded by +-20 before exp; the clips make this invisible.
   - After `cutoff` the paper says the gap no longer matters, while its Eq. 10 and 12 would still
     flip at lam = 0; flips are switched off there too.

@@ -6,6 +6,11 @@
 Deviations from the paper:
   - It writes eps without a value; 0.2 by convention. It fixes neither the divisor of the variance
     nor a guard: n - 1 and 1e-6, as in verl and EasyR1.
+
+Found in the paper (tests/test_theory_estimators.py):
+  - The mean of k3 is kl(pi||pi_ref); its gradient in the loss is that of kl(pi_ref||pi).
+  - Divided by the standard deviation, a prompt solved with probability p follows, in large groups,
+    the gradient of 2 asin(sqrt p) and not of p: sqrt(p (1 - p)) by the logit, not p (1 - p).
 """
 
 from jaxrl_sd import losses

@@ -12,6 +12,16 @@ Deviations from the paper:
   - Unstated there and chosen here: the beta term is the exact kl(pi||pi_0) at every token, averaged
     like the distillation term; the wording of the context; over-length answers are distilled like
     the others; a peer that does not fit loses its end.
+  - In runs of 2000 updates and more the authors move pi_0 by an average every 200; here it stays.
+
+Found in the paper (tests/test_theory.py):
+  - Table 2 contradicts its own formula (1 - p)(1 - (1 - p)^(G - 1)): the best coverage rises with
+    G, 0.47 at 4 to 0.92 at 64; the printed one falls, 0.42 to 0.17.
+  - That gradients towards single peers average to that of pi+ needs a prefix not chosen for what
+    follows it. At the divergence the peer's token is never the own one, so the average is to pi+
+    without it.
+  - Proposition 2 bounds the mean of the summed gaps; one token's gap can exceed log V_k.
+  - Fig. 4b and Table 6 differ at G = 16 (28.9 and 30.8).
 """
 
 from jaxrl_sd import contexts, stats, teachers

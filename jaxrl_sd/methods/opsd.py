@@ -8,8 +8,17 @@ Deviations from the paper:
   - The equation averages each sequence, the released code all tokens of a micro-batch; the
     equation is followed.
   - tau is not tuned in the paper and 0.05 to 1e-7 in the released scripts; 0.05 here.
+  - The teacher's wording joins Fig. 2 with the released code's markers. The paper's main runs
+    turn thinking off for the student and on for the teacher; here both have one generation header.
   - The paper's sampling temperature 1.1 (which also divides both logits in the loss) is a setting
     of the run, `rollout.temperature`, not of the method.
+
+Found in the paper (tests/test_theory.py):
+  - A capped entry keeps the gradient of the normaliser: p_S times the teacher's mass that is not
+    capped. It is positive, so descent lowers the logits of the very tokens that the teacher wants
+    most.
+  - L is 0 at p_S = p_T and lower for a student that has given up a capped token and agrees on the
+    rest.
 """
 
 from jaxrl_sd import contexts, stats, teachers

@@ -19,6 +19,23 @@ Deviations from the paper:
   - Delta is taken at the start of the step. The released code takes it in each micro-batch, from
     the current policy; with one update a batch the two are the same.
   - Delta is bounded by +-20 before exp; the clip of w makes this invisible.
+  - Eq. 1 prints no guard and no divisor: standard deviation with n - 1 and 1e-6, as released.
+    Groups with equal rewards are not mentioned: advantage 0, and their tokens stay in the mean.
+  - Only in the released code, and left out: dual clip 3; a tenth of the reward for format and a
+    length term (the paper's R is 0 or 1); a teacher prompt without the student's instructions
+    (here the two prompts differ by the reference alone).
+
+Found in the paper (tests/test_theory.py):
+  - Theorem 1's floor, the mutual information, is that of kl(teacher||student) and of a teacher that
+    stands still. Under kl(student||teacher) it is -log Z, at the teachers' geometric mean.
+  - Proposition 1 (ii) drops cross terms. E|delta|^2 = tr(J^T Cov J); the printed diagonal form is
+    neither that nor a lower bound of it.
+  - Theorem 4 needs a student that is the mean of its teachers and the exponent +1 (A > 0).
+  - Theorem 5 holds token by token only. In expectation with A fixed and w unclipped, the answer
+    does steer: the update is P_T - P_S, that of uncapped OPSD, for A > 0, and half the descent of
+    chi2(P_S||P_T) for A < 0. The clip makes it smaller, 3.1 times on the toy of the tests, and lam
+    in proportion.
+  - The mean of the clipped w is not 1, so credit is not only moved between tokens.
 """
 
 import jax.numpy as jnp

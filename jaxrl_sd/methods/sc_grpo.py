@@ -23,7 +23,15 @@ Deviations from the paper:
   - Unstated there and chosen here: f carries no gradient; full vocabulary; the shown failure itself
     has no s, enters no mean and gets advantage 0; standard deviations with n - 1 and 1e-6; eps 0.2;
     the solve-none reference gets a neutral wording. Algorithm 1 line 16 averages s over the whole
-    response; the text's min(|o_i|, |o_r|) is followed.
+    response; the text's min(|o_i|, |o_r|) is followed, and tokens beyond it keep their f.
+
+Found in the paper:
+  - f < 1 is not renormalised, so weighted groups have smaller gradients than GRPO's, and a group
+    that was solved once has the largest weight, 1.
+  - "Infeasible average" (App. A): what is exact is that kl(teacher||student) to several teachers is
+    that to their mean plus a constant, and kl(student||teacher) that to their geometric mean plus
+    -log Z (tests/test_theory.py). Infeasible is not defined, and that the target inherits the
+    references' artefacts is an argument.
 """
 
 import jax.numpy as jnp

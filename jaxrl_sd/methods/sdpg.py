@@ -9,17 +9,39 @@ did better than their group, plus an anchor to the initial policy.
     L_K   =   1/N sum_it f(w_it), w = pi / pi_ref;  UFKL f = 1/w + log w, URKL f = (log w)^2 / 2
     beta(k) = beta min(1, k / warmup) min(1, (T - k) / decay)                     Sec. 3.5.2
 
+With several updates a batch, rho = pi / pi_old (App. A.3; at rho = 1 it is the same):
+
+    L_out = 1/N sum_it SG[l_clip] log pi,  l_clip of dual-clip PPO;  L_OPD and L_K times SG[rho]
+
 p is the student and q the teacher (the other modules call the teacher p); N counts all tokens.
 
 Deviations from the paper:
+  - App. A.3 gives no bounds: 0.2, 0.28 and 10, as released.
   - UFKL is computed as k3 = 1/w + log w - 1: the same gradient, and 0 at w = 1.
   - k counts from 1, as in the released code.
   - The released script (no gate, constant beta, URKL) is not the paper; the paper is followed:
     gate, triangular schedule. Both settings are arguments.
-  - One update a batch, hence no ratio; App. A.3's form for several updates is not implemented.
+  - Eq. 2.1 does not give the divisor of the variance: n - 1, as released. Rewards are 0 and 1 as in
+    the text (+-1 in the code): the same once standardised, up to 1e-6.
+  - The teacher is shown Fig. 4's answer and solution; the released README describes a context with
+    the answer alone.
+  - A later option of the code, no L_OPD at stop tokens, is not in the paper and not here.
   - Where the released code clamps each token's divergence at 20, uses bfloat16 log-probabilities
     and averages within micro-batches, this file does none of it, as in the paper.
+
+Found in the paper (tests/test_theory_estimators.py):
+  - That FKL and RKL are not minimal at pi = pi_ref is true of single tokens. In expectation FKL has
+    UFKL's gradient, kl(pi_ref||pi)'s, and RKL has URKL's, kl(pi||pi_ref)'s.
+  - The mutual-information gap it cites from RLSD is that of kl(q||p). The floor of its own kl(p||q)
+    is -log Z of the teachers' geometric mean (tests/test_theory.py).
+  - L_OPD's gradient is taken at fixed prefixes. That a token decides the prefixes to come is
+    dropped as negligible at weight beta (App. A.4); at weight 1 it is not.
+  - SG[l_clip] log pi of App. A.3 is not PPO: a clipped token keeps a gradient, as in CISPO. The
+    released code has PPO.
+  - The released code calls kl(p||q) "forward KL".
 """
+
+import math
 
 import jax.numpy as jnp
 
@@ -46,6 +68,9 @@ def sdpg(
     total_steps: int = 400,
     anchor: str = "ufkl",
     gate: bool = True,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float = 10.0,
 ) -> Method:
     """REINFORCE, with reverse KL to the hinted self on better-than-average answers.
 
@@ -57,6 +82,9 @@ def sdpg(
       total_steps: T.
       anchor: ufkl, urkl, fkl or rkl.
       gate: distil rows with A > 0 only.
+      clip_low: PPO clip below 1.
+      clip_high: PPO clip above 1.
+      dual_clip: bound of the ratio where A < 0.
 
     Raises:
       ValueError: unknown anchor.
@@ -72,15 +100,23 @@ def sdpg(
         metrics = {"beta": beta_k, "gate_open": open_gate.mean()}
         return Credit(A * mask_t, beta_k * open_gate * shown * mask_t), metrics
 
-    def loss(token_stats, batch, step):
-        distilled_t, metrics = distillation(token_stats, batch, step)
-        return losses.reinforce(token_stats["logp"], batch.credit.adv_t) + distilled_t, metrics
-
-    method = Method(
-        teachers={"teacher": Teacher(contexts.answer_and_solution(), teachers.current())},
-        credit=credit,
-        probe={"divergence": ("teacher", stats.reverse_kl)},
-        loss=loss,
-        weight=losses.token_mean,
+    regularized = add_reference_penalty(
+        Method(
+            teachers={"teacher": Teacher(contexts.answer_and_solution(), teachers.current())},
+            credit=credit,
+            probe={"divergence": ("teacher", stats.reverse_kl)},
+            loss=distillation,
+            weight=losses.token_mean,
+        ),
+        alpha,
+        ANCHORS[anchor],
     )
-    return add_reference_penalty(method, alpha, ANCHORS[anchor])
+
+    def loss(token_stats, batch, step):
+        of_tokens = token_stats["logp"], batch.scores["old_logp"]
+        l_clip_t = losses.ppo(*of_tokens, batch.credit.adv_t, clip_low, clip_high, dual_clip)
+        rho_t = losses.token_importance(*of_tokens, batch.rollouts.mask_t, math.inf)
+        regularizers_t, metrics = regularized.loss(token_stats, batch, step)
+        return losses.reinforce(of_tokens[0], -l_clip_t) + rho_t * regularizers_t, metrics
+
+    return regularized._replace(loss=loss)

@@ -1,9 +1,10 @@
 """Verifiers decide, on the host, whether a response solves its problem.
 
 A verifier is a pure function `verify(prompt: str, answer: str, response: str) -> bool`, True when
-the response is correct. It raises when it cannot decide; it never raises because a response is
-malformed. Verifiers run in the worker processes of `pool.VerifierPool`: a response may hang or
-crash whatever tries to understand it.
+the response is correct. It may return `(bool, text)` instead, where the text tells the model what
+went wrong (SDPO shows it to a teacher). It raises when it cannot decide; it never raises because a
+response is malformed. Verifiers run in the worker processes of `pool.VerifierPool`: a response may
+hang or crash whatever tries to understand it.
 """
 
 # Targets rather than functions, so that the training process never imports sympy.

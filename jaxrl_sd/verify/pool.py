@@ -35,6 +35,7 @@ class Verdict(NamedTuple):
 
     correct: bool | None  # None unless status is "ok"
     status: str  # "ok"; "timeout": killed at its deadline; "error": the verifier raised or died
+    feedback: str = ""  # what the verifier said about the answer
 
 
 @dataclasses.dataclass
@@ -213,9 +214,11 @@ def _serve(descriptor: int) -> None:
             channel.send(_judge(verifiers[target], *texts))
 
 
-def _judge(verify: Callable[[str, str, str], bool], *texts: str) -> Verdict:
+def _judge(verify: Callable[[str, str, str], bool | tuple[bool, str]], *texts: str) -> Verdict:
     try:
-        return Verdict(bool(verify(*texts)), "ok")
+        outcome = verify(*texts)
+        correct, feedback = outcome if isinstance(outcome, tuple) else (outcome, "")
+        return Verdict(bool(correct), "ok", str(feedback))
     except MemoryError:
         os._exit(1)  # a cache may still hold what filled the memory, so start afresh
     except Exception as error:
