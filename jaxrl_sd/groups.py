@@ -14,18 +14,31 @@ SPREAD = 1e-5
 
 
 def by_group(x: Array, group_size: int) -> Array:
-    """[B, ...] -> [P, G, ...]."""
+    """[B, ...] -> [P, G, ...].
+
+    >>> print(by_group(jnp.arange(4), group_size=2))
+    [[0 1]
+     [2 3]]
+    """
     return x.reshape(-1, group_size, *x.shape[1:])
 
 
 def num_correct(correct: Array, graded: Array, group_size: int) -> Array:
-    """For each row [B], the number of correct rows in its group."""
+    """For each row [B], the number of correct rows in its group.
+
+    >>> print(num_correct(jnp.array([1, 0, 1, 1.0]), jnp.array([1, 1, 0, 1.0]), group_size=2))
+    [1. 1. 1. 1.]
+    """
     correct = jnp.where(graded != 0, correct, 0.0)
     return _spread(by_group(correct, group_size).sum(axis=1), group_size)
 
 
 def num_graded(graded: Array, group_size: int) -> Array:
-    """For each row [B], the number of graded rows in its group."""
+    """For each row [B], the number of graded rows in its group.
+
+    >>> print(num_graded(jnp.array([1, 1, 0, 1.0]), group_size=2))
+    [2. 2. 1. 1.]
+    """
     return _spread(by_group(graded, group_size).sum(axis=1), group_size)
 
 
@@ -34,7 +47,11 @@ def _spread(per_group: Array, group_size: int) -> Array:
 
 
 def centered(reward: Array, graded: Array, group_size: int) -> Array:
-    """R - mean(R) in each group [B]. Dr.GRPO (2503.20783)."""
+    """R - mean(R) in each group [B]. Dr.GRPO (2503.20783).
+
+    >>> print(centered(jnp.array([1.0, 0, 0, 0]), jnp.ones(4), group_size=4))
+    [ 0.75 -0.25 -0.25 -0.25]
+    """
     # where, not a product: the reward of an ungraded row may be NaN.
     reward = jnp.where(graded != 0, reward, 0.0)
     r, g = by_group(reward, group_size), by_group(graded, group_size)
@@ -51,6 +68,9 @@ def standardized(
 
     GRPO (2402.03300) Sec. 4.1.2, RLSD Eq. 1, SDPG Eq. 2.1. The papers leave the divisor of the
     variance open; released code uses n - 1, hence `ddof=1`.
+
+    >>> print(standardized(jnp.array([1.0, 0, 0, 0]), jnp.ones(4), group_size=4).round(4))
+    [ 1.5 -0.5 -0.5 -0.5]
     """
     deviation = by_group(centered(reward, graded, group_size), group_size)
     n = by_group(graded, group_size).sum(axis=1, keepdims=True)
@@ -60,6 +80,10 @@ def standardized(
 
 
 def leave_one_out(reward: Array, graded: Array, group_size: int) -> Array:
-    """R_i - mean of the other rewards of the group [B]. RLOO (2402.14740)."""
+    """R_i - mean of the other rewards of the group [B]. RLOO (2402.14740).
+
+    >>> print(leave_one_out(jnp.array([1.0, 0, 0, 0]), jnp.ones(4), group_size=4).round(4))
+    [ 1.     -0.3333 -0.3333 -0.3333]
+    """
     n = num_graded(graded, group_size)
     return centered(reward, graded, group_size) * n / jnp.maximum(n - 1, 1)
