@@ -248,6 +248,9 @@ def constant_length(max_length: int):
     return lambda mask_t: sequence_sum(mask_t) / max_length
 
 
+AVERAGES = {"sequence": sequence_mean, "token": token_mean}
+
+
 def row_sum(x_t: Array, mask_t: Array) -> Array:
     """Sum over each row's tokens, f32[B], where a mask of 0 silences even NaN."""
     return jnp.where(mask_t != 0, x_t, 0.0).sum(axis=1)

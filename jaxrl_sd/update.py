@@ -124,7 +124,7 @@ def make_steps(
     def loss_sum(params, teachers, batch, step):
         probed = statistics({**ALWAYS_PROBED, **method.probe}, params, teachers, batch)
         loss_t, metrics_t = method.loss(probed, batch, step)
-        metrics_t["ratio"] = jnp.exp(probed["logp"] - batch.scores["old_logp"])
+        metrics_t = {**metrics_t, "ratio": jnp.exp(probed["logp"] - batch.scores["old_logp"])}
         total = partial(losses.weighted_sum, weight_t=batch.weight_t)
         return total(loss_t), {name: total(x) for name, x in metrics_t.items()}
 
@@ -137,7 +137,7 @@ def make_steps(
             )
             return gradient, loss, metrics
 
-        parts = split(weigh(method, mini_batch), micro_batches)
+        parts = split(mini_batch, micro_batches)
         shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
         add = partial(jax.tree.map, jnp.add)
@@ -145,18 +145,18 @@ def make_steps(
         return total
 
     def update_once(state, mini_batch):
+        mini_batch = weigh(method, mini_batch)
         teachers = teacher_params(method.teachers, state.teachers, state.params)
         gradient, loss, sums = gradient_of(state.params, teachers, mini_batch, state.step)
-        weight = jnp.maximum(weigh(method, mini_batch).weight_t.sum(), 1e-9)
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(norm)
+        norm, weight = optax.tree.norm(gradient), mini_batch.weight_t.sum()
+        # Neither a gradient that is not finite nor a batch without a token moves anything.
+        applied = jnp.isfinite(norm) & (weight > 0)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         new = (optax.apply_updates(state.params, updates), opt_state)
         old = (state.params, state.opt_state)
-        # A gradient that is not finite skips the update.
-        params, opt_state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        metrics = {name: x / weight for name, x in sums.items()}
-        metrics |= {"loss": loss, "grad_norm": norm, "skipped": 1.0 - finite}
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+        metrics = {name: x / jnp.where(weight > 0, weight, 1.0) for name, x in sums.items()}
+        metrics |= {"loss": loss, "grad_norm": norm, "skipped": 1.0 - applied}
         return state.replace(params=params, opt_state=opt_state), metrics
 
     @partial(jax.jit, donate_argnums=0)

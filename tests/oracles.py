@@ -136,7 +136,7 @@ def empty(case: Case) -> np.ndarray:
     return np.zeros(case.mask.shape)
 
 
-def grpo(case: Case, clip_low=0.2, clip_high=0.2, kl_coef=0.04) -> Result:
+def grpo(case: Case, clip_low=0.2, clip_high=0.2, kl_coef=0.04, average="sequence") -> Result:
     """DeepSeekMath Eq. 3 and 4."""
     loss, adv = empty(case), empty(case)
     for i, t in tokens(case):
@@ -144,7 +144,8 @@ def grpo(case: Case, clip_low=0.2, clip_high=0.2, kl_coef=0.04) -> Result:
         log_w = logp(case.student, case, i, t) - logp(case.reference, case, i, t)
         penalty = np.exp(-log_w) + log_w - 1
         loss[i, t] = surrogate(case, i, t, adv[i, t], clip_low, clip_high) + kl_coef * penalty
-    return Result(mean_of_rows(case, loss), adv, empty(case))
+    terms = {"sequence": mean_of_rows, "token": mean_of_tokens}[average](case, loss)
+    return Result(terms, adv, empty(case))
 
 
 def rlsd(case: Case, lam_0=0.5, decay_steps=50, eps_w=0.2, clip_low=0.2, clip_high=0.28) -> Result:
@@ -457,6 +458,17 @@ def with_tail(log_x: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.append(log_x[ids], np.log(np.exp(np.delete(log_x, ids)).sum()))
 
 
+def opd_top_k(case: Case, top_k=32) -> Result:
+    """kl(teacher||student) on the teacher's likeliest tokens and one class of all others."""
+    loss, distill = empty(case), empty(case)
+    for i, t in tokens(case):
+        ids = np.argsort(-case.teacher[i, t])[:top_k]
+        log_p, log_q = (with_tail(log_softmax(z[i, t]), ids) for z in (case.teacher, case.student))
+        distill[i, t] = 1.0
+        loss[i, t] = divergence(log_p, log_q, alpha=0)
+    return Result(mean_of_rows(case, loss), empty(case), distill)
+
+
 def sdpo(case: Case, alpha=0.5, top_k=100, is_clip=2.0) -> Result:
     """SDPO Eq. 11 as released: rows without a teacher are not there."""
     case = rows_only(case, case.shown)
@@ -533,6 +545,7 @@ ORACLES: dict[str, Callable[..., Result]] = {
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
     "opd": opd,
+    "opd_top_k": opd_top_k,
     "opd_sampled": opd_sampled,
     "sdpo": sdpo,
     "sdft": sdft,

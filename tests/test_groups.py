@@ -91,6 +91,14 @@ def test_equal_rewards_have_an_advantage_of_exactly_zero(advantage, reward):
 
 
 @pytest.mark.parametrize("advantage", ADVANTAGES)
+def test_rewards_that_only_rounding_tells_apart_have_no_advantage(advantage):
+    # As after a penalty of rounding's size. Divided by its own spread that would be order 1.
+    reward = rows(0.7, 0.7 + 1e-6, 0.7, 0.7 - 1e-6)
+    assert len(set(reward.tolist())) == 3
+    np.testing.assert_array_equal(advantage(reward, all_graded(reward), 4), 0)
+
+
+@pytest.mark.parametrize("advantage", ADVANTAGES)
 def test_ungraded_rows_enter_nothing_even_as_nan(advantage):
     adv = advantage(rows(1, NAN, 0, 0, NAN, 0), rows(1, 0, 1, 1, 0, 1), 6)
     np.testing.assert_array_equal(adv[jnp.array([1, 4])], 0)

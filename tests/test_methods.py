@@ -75,6 +75,8 @@ VARIANTS = [
     ("reinforce_pp", {"kl_coef": 0.5, "clip_low": 0.1, "clip_high": 0.28}),
     ("reinforce_pp", {"group_baseline": True, "kl_coef": 0.1}),
     ("opd", {}),
+    ("opd_top_k", {}),
+    ("opd_top_k", {"top_k": 2}),
     ("opd_sampled", {}),
     ("opd_sampled", {"scale": 1.25, "clip_low": 0.2, "clip_high": 0.28}),
     ("sdpo", {}),
@@ -94,7 +96,7 @@ IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in hyper.items())}" for name, hype
 every_method = pytest.mark.parametrize("name", METHODS)
 # What a method cannot do without, and what T tokens ask of one.
 CHECKPOINT = {"teacher": "a/checkpoint"}
-REQUIRED = {"opd": CHECKPOINT, "opd_sampled": CHECKPOINT}
+REQUIRED = dict.fromkeys(("opd", "opd_top_k", "opd_sampled"), CHECKPOINT)
 SHORT = {"sdft": {"skip": 1}}
 # Its advantages are gaps, of log-probabilities that float32 knows to 4e-7 nats; of 30 tokens.
 ROUNDING = {"opd_sampled": 4e-7 / 30}
@@ -392,6 +394,7 @@ DISTILS = {
     "opsd": {},
     "sdpg": UNGATED[1],
     "opd": {},
+    "opd_top_k": {},
     "opd_sampled": {},
     "sdpo": {},
     "sdft": {},
@@ -417,7 +420,7 @@ def test_a_teacher_that_agrees_distils_nothing(name):
     np.testing.assert_allclose(gradient, 0, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", DISTILS.keys() - {"opd", "opd_sampled"})
+@pytest.mark.parametrize("name", sorted(DISTILS.keys() - REQUIRED.keys()))
 def test_a_silent_teacher_distils_nothing(name):
     silent = fails(name)._replace(shown=np.zeros(16, bool))
     loss, gradient, *_ = evaluate(name, silent, **DISTILS[name])
@@ -460,6 +463,7 @@ def grpo_token_mean() -> base.Method:
         ("sc_grpo", {}, 0.368064),
         ("sdpg", {}, 0.510826),
         ("opd", {}, 0.510826),
+        ("opd_top_k", {}, 0.368064),
         ("sdpo", {"alpha": 0.0}, 0.368064),
         ("sdpo", {"alpha": 1.0}, 0.510826),
         ("sdft", {}, 0.368064),
@@ -609,6 +613,11 @@ def test_sdpg_without_its_parts():
     np.testing.assert_allclose(loss_t, 2.0 + 0.25 * 0.3, rtol=1e-6)
     loss_t, _ = sdpg(alpha=1.0, anchor="urkl").loss(probed, batch, 0)
     np.testing.assert_allclose(loss_t, 2.0 + 0.25 * 0.3 + 0.125, rtol=1e-6)
+
+
+def test_grpo_unknown_average():
+    with pytest.raises(ValueError, match=r"average: expected one of .*'token'.*, got 'row'"):
+        grpo(average="row")
 
 
 def test_sdpg_unknown_anchor():

@@ -1,11 +1,16 @@
 """Rows, rewards and masks of a batch from verdicts."""
 
-import numpy as np
+from dataclasses import replace
 
-from jaxrl_sd import rollout
+import numpy as np
+import pytest
+
+from jaxrl_sd import config, rollout
+from jaxrl_sd.contexts import TEMPLATES
 from jaxrl_sd.methods.base import Grades, verdict_reward, verdict_reward_untruncated
 from jaxrl_sd.sampler import Samples
-from jaxrl_sd.types import Sample
+from jaxrl_sd.tokens import load_tokenizer
+from jaxrl_sd.types import Problem, Sample
 
 P, G, T, S = 3, 2, 4, 3
 LENGTH = np.array([[1, 4], [2, 4], [3, 0]])
@@ -60,6 +65,17 @@ def test_a_rule_decides_what_trains_and_sees_what_it_needs():
     rows, kept = rollout.grade(prompt, length, samples, groups, rule)
     np.testing.assert_array_equal(rows.reward, 10 * LENGTH.ravel())
     np.testing.assert_array_equal(kept, [True, False, True])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_students_prompt_shows_nothing_but_the_problem(name):
+    """Whatever slots a template has."""
+    problem = Problem("id", "2 3 5 = 10", "2", "3")
+    other = replace(problem, answer="5", solution="10")
+    tokenizer = load_tokenizer(config.TINY_MODEL)
+    prompt, length = rollout.encode([problem, other], tokenizer, TEMPLATES[name], 300)
+    np.testing.assert_array_equal(prompt[0], prompt[1])
+    assert length[0] == length[1]
 
 
 def test_kept_groups_of_several_rounds_fill_a_batch():

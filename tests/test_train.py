@@ -27,6 +27,7 @@ def test_methods_train_through_the_entry_point(tmp_path, name):
     config = small_config(tmp_path, method__name=name)
     if name == "opd":
         config.method.teacher = other_model(tmp_path / "teacher")
+    config.rollout.temperature = 0.9  # sampler and trainer must agree about it
     config.steps = 2
     summary = train(config)
     rows = metrics.read(tmp_path)

@@ -53,6 +53,7 @@ HYPER = {
     "rloo": {"kl_coef": 0.5},
     "reinforce_pp": {"kl_coef": 0.5},
     "opd": {"teacher": "a/folder"},
+    "opd_top_k": {"teacher": "a/folder", "top_k": 3},
     "opd_sampled": {"teacher": "a/folder", "scale": 1.5},
     "sdpo": {"top_k": 3},
     "sdft": {"skip": 1},
@@ -324,6 +325,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name):
     assert jnp.abs(state.params["embed"] - want.params["embed"]).max() > 1e-3
 
 
+def test_a_batch_without_a_token_moves_nothing():
+    """Not even by what the optimiser remembers. Every teacher of SDPO is silent."""
+    batch = credited_once("sdpo")
+    state, _ = compiled("sdpo").update(start("sdpo"), batch)
+    before = jax.device_get(state)
+    silent = batch.hints["teacher"].replace(shown=jnp.zeros(B))
+    state, metrics = compiled("sdpo").update(state, batch.replace(hints={"teacher": silent}))
+    assert_trees_equal((state.params, state.opt_state), (before.params, before.opt_state))
+    assert (metrics["loss"], metrics["skipped"], state.step) == (0, 1, STEP + 2)
+
+
 def test_mini_batches_and_epochs_are_updates_in_a_row():
     """Each on whole groups, against the log-probabilities of the start; teachers follow at the end.
 
@@ -340,6 +352,15 @@ def test_mini_batches_and_epochs_are_updates_in_a_row():
     np.testing.assert_allclose(metrics["first_ratio"], 1, atol=1e-6)
     np.testing.assert_allclose(metrics["ratio"], np.mean(ratios), rtol=1e-5)
     assert np.abs(np.array(ratios[1:]) - 1).max() > 1e-3
+
+
+def test_a_moving_average_moves_once_a_step():
+    """After the last mini-batch, however many there are."""
+    steps = compile_steps(method_of("sdft"), mini_batches=2, epochs=2)
+    state, _ = steps.update(start("sdft"), credited_once("sdft"))
+    old = start("sdft").teachers["ema_0.01"]
+    want = jax.tree.map(lambda s, p: s + 0.01 * (p - s), old, state.params)
+    assert_trees_close(state.teachers["ema_0.01"], want)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

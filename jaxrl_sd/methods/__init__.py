@@ -14,7 +14,7 @@ from jaxrl_sd.methods.grpo import grpo
 from jaxrl_sd.methods.grpo_opsd import grpo_opsd, grpo_opsd_hsd
 from jaxrl_sd.methods.gspo import gspo
 from jaxrl_sd.methods.hsd import hsd
-from jaxrl_sd.methods.opd import opd, opd_sampled
+from jaxrl_sd.methods.opd import opd, opd_sampled, opd_top_k
 from jaxrl_sd.methods.opsd import opsd
 from jaxrl_sd.methods.reinforce_pp import reinforce_pp
 from jaxrl_sd.methods.rloo import rloo
@@ -42,6 +42,7 @@ METHODS = {
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
     "opd": opd,
+    "opd_top_k": opd_top_k,
     "opd_sampled": opd_sampled,
     "opsd": opsd,
     "sdpo": sdpo,
@@ -53,6 +54,8 @@ METHODS = {
 
 # Variants that somebody published under the same name as a method, with other settings.
 PRESETS = {
+    # What most trainers run as GRPO today.
+    "grpo_modern": partial(grpo, clip_high=0.28, kl_coef=0.0, average="token"),
     # RLSD's released script.
     "rlsd_released": partial(rlsd, decay_steps=60, sync_every=20),
     # SDPG's released script as it is: no gate, constant beta, the other anchor.

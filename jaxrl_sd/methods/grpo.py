@@ -17,13 +17,24 @@ from jaxrl_sd import losses
 from jaxrl_sd.methods.base import Method, add_reference_penalty, policy_gradient
 
 
-def grpo(clip_low: float = 0.2, clip_high: float = 0.2, kl_coef: float = 0.04) -> Method:
+def grpo(
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.04,
+    average: str = "sequence",
+) -> Method:
     """Every token of an answer gets the same credit.
 
     Args:
       clip_low: eps below 1.
       clip_high: eps above 1; larger than `clip_low` is DAPO's clip-higher.
       kl_coef: beta of the penalty to the frozen initial policy; at 0 there is no reference.
+      average: "sequence", the paper's mean of rows' means, or "token", over all tokens at once.
+
+    Raises:
+      ValueError: unknown average.
     """
-    method = Method(loss=policy_gradient(clip_low, clip_high))
+    if average not in losses.AVERAGES:
+        raise ValueError(f"average: expected one of {sorted(losses.AVERAGES)}, got {average!r}")
+    method = Method(loss=policy_gradient(clip_low, clip_high), weight=losses.AVERAGES[average])
     return add_reference_penalty(method, kl_coef, losses.k3) if kl_coef else method

@@ -3,17 +3,22 @@
 The student's own answers, every token judged by a larger model that reads the same prompt.
 
     opd          loss = mean_i mean_t kl(pi || pi_T)                exact, over the vocabulary
+    opd_top_k    loss = mean_i mean_t kl(pi_T || pi)     on the teacher's top 32 and one class more
     opd_sampled  A_t  = (log pi_T - log pi) + (lam - 1) (log pi_T - log pi_ref)    detached
                  loss = - mean over tokens of rho A_t
 
 `opd` is GKD with lambda = 1 and the mode-seeking divergence. `opd_sampled` needs the sampled
 token's log-probability only; lam = 1 is Thinking Machines' form, lam = 1.25 ExOPD (arXiv
 2602.12125, Eq. 14, whose sign is the released code's). Its expected gradient at a fixed prefix is
-that of `opd`; neither has the term that the divergence owes to later tokens.
+that of `opd`; neither has the term that the divergence owes to later tokens, and so ExOPD's optimum,
+log pi = lam log pi_T + (1 - lam) log pi_ref + const of whole answers, is not reached token by token
+(tests/test_theory_estimators.py).
 
 Deviations from the papers:
   - rho is relative to the trainer's log-probabilities at the start of the step, not to the
     sampler's; `importance.level=token` adds that factor.
+  - verl, whose form `opd_top_k` is, drops the tokens outside the support and clamps the sum, which
+    can then be negative, at 0; here they are one class, so the divergence is one.
   - The average of `opd_sampled` is not stated; all tokens of a mini-batch are averaged.
 """
 
@@ -28,7 +33,18 @@ from jaxrl_sd.methods.base import (
     distillation,
     policy_gradient,
 )
+from jaxrl_sd.stats import TokenStat
 from jaxrl_sd.types import Credit
+
+
+def _distilled(teacher: str, divergence: TokenStat) -> Method:
+    return Method(
+        teachers={"teacher": Teacher(contexts.nothing(), teachers.external(teacher))},
+        credit=distill_everything,
+        probe={"divergence": ("teacher", divergence)},
+        loss=distillation,
+        min_group_size=1,
+    )
 
 
 def opd(teacher: str) -> Method:
@@ -37,13 +53,18 @@ def opd(teacher: str) -> Method:
     Args:
       teacher: a folder in Hugging Face format; its tokenizer must be the policy's.
     """
-    return Method(
-        teachers={"teacher": Teacher(contexts.nothing(), teachers.external(teacher))},
-        credit=distill_everything,
-        probe={"divergence": ("teacher", stats.reverse_kl)},
-        loss=distillation,
-        min_group_size=1,
-    )
+    return _distilled(teacher, stats.reverse_kl)
+
+
+def opd_top_k(teacher: str, top_k: int = 32) -> Method:
+    """Distils every answer towards another model's likeliest tokens.
+
+    Args:
+      teacher: a folder in Hugging Face format; its tokenizer must be the policy's.
+      top_k: tokens of the teacher's support.
+    """
+    divergence = stats.forward_kl_of_log_probs
+    return _distilled(teacher, stats.on_top_k(divergence, top_k, of="teacher", rest="tail"))
 
 
 def opd_sampled(
