@@ -133,8 +133,9 @@ def _partial_kl(log_a: Array, log_b: Array) -> Array:
 def clipped_forward_kl(cap: float) -> TokenStat:
     """sum_v min(p (log p - log q), cap): each vocabulary entry capped before the sum. OPSD Sec. 3.
 
-    One-sided: negative entries are kept, so the total can be negative, and capped entries have no
-    gradient. `cap=inf` is `forward_kl`.
+    One-sided: negative entries are kept, so the total can be negative. A capped entry adds no
+    gradient of its own, so its logit is left with the normaliser's, which lowers it (opsd.py).
+    `cap=inf` is `forward_kl`.
 
     >>> student, teacher = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.9, 0.1]))
     >>> print(f"{clipped_forward_kl(0.05)(student, teacher, jnp.array(0)):.4f}")
