@@ -94,7 +94,7 @@ def make_steps(
 
     Args:
       method: see `methods.base.Method`.
-      optimizer: applied to the gradient of each mini-batch.
+      optimizer: applied to the gradient of each mini-batch; is given `step` as an extra argument.
       configs: of the student, under `STUDENT`, and of each teacher.
       mesh: where states live, see `sharding.of_state`.
       mini_batches: parts of whole groups into which a batch is split, one optimiser update each;
@@ -107,6 +107,7 @@ def make_steps(
     """
     statistics = partial(token_stats, configs=configs, temperature=temperature, chunk=chunk)
     sources = {t.source.name: t.source for t in method.teachers.values()}
+    optimizer = optax.with_extra_args_support(optimizer)
 
     @jax.jit
     def score(state: State, batch: Batch) -> Batch:
@@ -151,13 +152,15 @@ def make_steps(
         norm, weight = optax.tree.norm(gradient), mini_batch.weight_t.sum()
         # Neither a gradient that is not finite nor a batch without a token moves anything.
         applied = jnp.isfinite(norm) & (weight > 0)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            gradient, state.opt_state, state.params, step=state.step
+        )
         new = (optax.apply_updates(state.params, updates), opt_state)
         old = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
         metrics = {name: x / jnp.where(weight > 0, weight, 1.0) for name, x in sums.items()}
-        metrics |= {"loss": loss, "grad_norm": norm, "skipped": 1.0 - applied}
-        return state.replace(params=params, opt_state=opt_state), metrics
+        metrics |= {"loss": loss, "grad_norm": norm, "skipped": 1.0 - jnp.isfinite(norm)}
+        return state.replace(params=params, opt_state=opt_state), (metrics, weight > 0)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -167,7 +170,7 @@ def make_steps(
             return update_once(state, jax.tree.map(lambda x: x[i], parts))
 
         order = jnp.tile(jnp.arange(mini_batches), epochs)
-        state, metrics = jax.lax.scan(update_with, state, order)
+        state, (metrics, has_tokens) = jax.lax.scan(update_with, state, order)
         step = state.step + 1
         teachers = {
             name: source.refresh(state.teachers[name], state.params, step)
@@ -176,9 +179,11 @@ def make_steps(
         state = state.replace(teachers=teachers, step=step)
         # The next call is given what this one returns: other shardings would compile it again.
         state = jax.lax.with_sharding_constraint(state, sharding.of_state(state, mesh))
+        num = jnp.maximum(has_tokens.sum(), 1)
+        means = {name: jnp.where(has_tokens, x, 0.0).sum() / num for name, x in metrics.items()}
         # The first update is on policy, so its ratio is 1 up to rounding, or something is wrong.
-        means = {name: x.mean() for name, x in metrics.items()}
-        return state, {**means, "first_ratio": metrics["ratio"][0]}
+        means["first_ratio"] = metrics["ratio"][jnp.argmax(has_tokens)]
+        return state, {**means, "empty": 1.0 - has_tokens.mean()}
 
     return Steps(score, credit, update)
 

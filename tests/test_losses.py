@@ -134,6 +134,7 @@ def test_golden_penalties(delta, k1, k2, k3):
         (-1, 0.5, 0.8, 0.8),
         (-1, 4, 4.0, 3.0),
         (-1, 12, 12.0, 3.0),
+        (-2, 12, 24.0, 6.0),
     ],
 )
 def test_golden_ppo(adv, ratio, expected, dual):

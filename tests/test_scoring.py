@@ -219,6 +219,20 @@ def test_masked_tokens_give_zero_and_no_gradient():
     assert jnp.abs(gradient["final_norm"] - want_gradient["final_norm"]).max() > 1e-3
 
 
+def test_nan_behind_the_mask_reaches_no_gradient(monkeypatch):
+    """Masked after the head instead, it would reach the head's gradient as 0 * NaN."""
+    hidden, behind = model.response_hidden, np.arange(T) >= np.array(RESPONSE)[:, None]
+
+    def broken(*args):
+        return jnp.where(behind[..., None], jnp.nan, hidden(*args))
+
+    want, want_gradient, _ = score()
+    monkeypatch.setattr(model, "response_hidden", broken)
+    args = PARAMS[True], teachers(), draw_batch(), TEMPERATURE
+    (_, out), (gradient, _) = scorer.__wrapped__(7)(*args)  # compiled anew
+    jax.tree.map(np.testing.assert_array_equal, (out, gradient), (want, want_gradient))
+
+
 @pytest.mark.parametrize("t", [0, RESPONSE[0] - 1])
 def test_a_token_is_predicted_before_it_is_seen(t):
     """Another token at t changes its own log-probability and everything after, no more."""

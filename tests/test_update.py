@@ -333,7 +333,23 @@ def test_a_batch_without_a_token_moves_nothing():
     silent = batch.hints["teacher"].replace(shown=jnp.zeros(B))
     state, metrics = compiled("sdpo").update(state, batch.replace(hints={"teacher": silent}))
     assert_trees_equal((state.params, state.opt_state), (before.params, before.opt_state))
-    assert (metrics["loss"], metrics["skipped"], state.step) == (0, 1, STEP + 2)
+    assert (metrics["loss"], metrics["empty"], metrics["skipped"]) == (0, 1, 0)
+    assert state.step == STEP + 2
+
+
+def test_a_mini_batch_without_a_token_enters_no_mean():
+    """The first of two; the metrics and the move are those of the other."""
+    batch = credited_once("sdpo")
+    shown = jnp.array([0.0] * G + [1.0] * G)
+    half = batch.replace(hints={"teacher": batch.hints["teacher"].replace(shown=shown)})
+    steps = compile_steps(method_of("sdpo"), mini_batches=2)
+    state, metrics = steps.update(start("sdpo"), half)
+    want, want_metrics = compiled("sdpo").update(start("sdpo"), half)
+    assert_trees_close(state, want)
+    np.testing.assert_allclose(metrics["first_ratio"], 1, atol=1e-6)
+    assert (metrics["empty"], want_metrics["empty"]) == (0.5, 0)
+    for name in want_metrics.keys() - {"empty"}:
+        np.testing.assert_allclose(metrics[name], want_metrics[name], rtol=1e-5, atol=1e-7)
 
 
 def test_mini_batches_and_epochs_are_updates_in_a_row():

@@ -284,6 +284,7 @@ def test_logits_of_padding_are_masked_and_finite():
     expected = float64(hidden[STUDENT]) @ float64(heads[STUDENT]).T
     np.testing.assert_allclose(out[:, :NUM_TOKENS], expected[:, :NUM_TOKENS], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(out[:, NUM_TOKENS:], np.float32(MASKED))
+    assert np.isfinite(MASKED)
 
 
 def test_temperature_divides_the_logits_of_all_models():
