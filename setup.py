@@ -28,5 +28,5 @@ setup(
         "tqdm>=4.70",
         "transformers>=5.23",
     ],
-    extras_require={"test": ["pytest>=9.2", "ruff>=0.14", "torch>=2.13"]},
+    extras_require={"test": ["pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.14", "torch>=2.13"]},
 )

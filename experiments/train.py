@@ -7,41 +7,55 @@
 command continues a run that was stopped.
 """
 
+import re
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from jaxrl_sd.methods import METHODS
+from jaxrl_sd import config as configuration
+from jaxrl_sd.methods import METHODS, PRESETS
 from jaxrl_sd.types import InputError
 
 __doc__ += "\nMethods (--config.method.name):\n" + "".join(
-    f"  {name:8} {factory.__doc__.splitlines()[0]}\n" for name, factory in METHODS.items()
+    f"  {name:13} {factory.__doc__.splitlines()[0]}\n" for name, factory in METHODS.items()
 )
+__doc__ += f"\nPublished variants: {', '.join(PRESETS)}\n"
 
-# New attributes are let through here because a method's hyper-parameters depend on its name;
-# `jaxrl_sd.config.check` refuses every key that does not exist.
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    str(Path(__file__).parent / "configs" / "tiny.py"),
-    "Configuration file.",
-    lock_config=False,
-    accept_new_attributes=True,
+CONFIG = flags.DEFINE_string(
+    "config", str(Path(__file__).parent / "configs" / "tiny.py"), "Configuration file."
 )
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Where everything is written.")
 
 
+def parse(argv: list[str]) -> list[str]:
+    """The program's name and what is no flag of absl: the settings."""
+    try:
+        return flags.FLAGS(argv, known_only=True)
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+
+
+def read_config(arguments: list[str]) -> ConfigDict:
+    """The configuration file with the settings of the command line in their places."""
+    config = configuration.load(CONFIG.value)
+    for argument in arguments:
+        setting = re.fullmatch(r"--?config\.([^=]+)=(.*)", argument, re.DOTALL)
+        if not setting:
+            raise InputError(f"{argument}: unknown, expected --config.<key>=<value> (see --help)")
+        configuration.override(config, *setting.groups())
+    if OUTPUT_DIR.value is not None:
+        config.output_dir = OUTPUT_DIR.value
+    return config
+
+
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)  # orbax reports each file it writes
     from jaxrl_sd.train import train  # seconds to import, which --help and typos need not wait for
 
-    config = CONFIG.value
-    if OUTPUT_DIR.value is not None:
-        config.output_dir = OUTPUT_DIR.value
     try:
+        config = read_config(argv[1:])
         summary = train(config)
     except InputError as error:
         sys.exit(f"error: {error}")
@@ -53,4 +67,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jaxrl_sd.types import InputError
+from jaxrl_sd.types import InputError, first_line
 from jaxrl_sd.update import State
 
 
@@ -70,10 +70,9 @@ def restore(
     except InputError:
         raise
     except Exception as error:  # orbax and its storage layers raise whatever they meet
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"output_dir: checkpoint {step} in {folder} cannot be read or is of another model "
-            f"({reason[:200]}); remove it to continue from an earlier one"
+            f"({first_line(error)}); remove it to continue from an earlier one"
         ) from error
     return restored.state, meta["position"], meta["seconds"]
 

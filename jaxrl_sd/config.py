@@ -5,16 +5,19 @@ experiments/configs/ change it. `method` holds the method's name and any of the 
 its factory; every other key must be one of `default()`, with a value of the same type.
 """
 
+import ast
 import inspect
 import math
 import os
 import re
+import runpy
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -22,8 +25,8 @@ from ml_collections import ConfigDict
 from jaxrl_sd import contexts, countdown
 from jaxrl_sd.methods import METHODS, PRESETS, Method
 from jaxrl_sd.methods.base import IMPORTANCE, Verdicts, add_importance_weight
-from jaxrl_sd.tokens import Template
-from jaxrl_sd.types import InputError
+from jaxrl_sd.tokens import Template, is_text
+from jaxrl_sd.types import InputError, first_line
 
 TINY_MODEL = str(Path(__file__).parent / "assets" / "tiny")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -95,6 +98,41 @@ def default() -> ConfigDict:
     return config
 
 
+def load(path: str | os.PathLike) -> ConfigDict:
+    """What `get_config()` of a Python file gives.
+
+    Raises:
+      InputError: there is no such file or function, or it fails.
+    """
+    try:
+        config = runpy.run_path(os.fspath(path))["get_config"]()
+    except Exception as error:  # a program
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"config: {path} gives no configuration: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"config: expected a ConfigDict from get_config() of {path}")
+    return config
+
+
+def override(config: ConfigDict, field: str, text: str) -> None:
+    """Sets `field`, as in "rollout.top_p", to what `text` says: a Python literal, else the text.
+
+    Text settings take the text as it is. Nothing is refused here; that is for `check`.
+    """
+    *groups, key = field.split(".")
+    for group in groups:
+        if not isinstance(config.get(group), ConfigDict):
+            with config.ignore_type():
+                config[group] = ConfigDict()
+        config = config[group]
+    try:
+        value = text if isinstance(config.get(key), str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        value = text
+    with config.ignore_type():  # an int still becomes a float where the setting is one
+        config[key] = value
+
+
 def check(config: ConfigDict) -> Method:
     """The method of a configuration, once every field was found right.
 
@@ -130,24 +168,34 @@ def _check_keys(config: Mapping, expected: Mapping, prefix: str) -> None:
     for key, value in config.items():
         if key not in expected:
             raise InputError(f"{prefix}{key}: unknown, expected one of {sorted(expected)}")
-        if key in FREE_FORM:
-            continue
-        if isinstance(expected[key], Mapping):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{prefix}{key}: expected a group of settings, got {value!r}")
-            _check_keys(value, expected[key], f"{prefix}{key}.")
-        else:
+        if not isinstance(expected[key], Mapping):
             _check_type(f"{prefix}{key}", value, type(expected[key]))
+        elif not isinstance(value, Mapping):
+            raise InputError(f"{prefix}{key}: expected a group of settings, got {value!r}")
+        elif key not in FREE_FORM:
+            _check_keys(value, expected[key], f"{prefix}{key}.")
 
 
 def _check_type(field: str, value: Any, annotation: Any) -> None:
     if not _is_a(value, annotation):
-        name = getattr(annotation, "__name__", str(annotation))
-        raise InputError(f"{field}: expected {name}, got {value!r}")
+        raise InputError(f"{field}: expected {_describe(annotation)}, got {value!r}")
+
+
+def _describe(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        kind, limits = get_args(annotation)
+        return f"{_describe(kind)} {limits.text}"
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(map(_describe, get_args(annotation)))
+    names = {type(None): "None", tuple[float, float]: "two numbers"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _is_a(value: Any, annotation: Any) -> bool:
-    if isinstance(annotation, UnionType):
+    if get_origin(annotation) is Annotated:
+        kind, limits = get_args(annotation)
+        return _is_a(value, kind) and limits.hold(value)
+    if get_origin(annotation) in (Union, UnionType):
         return any(_is_a(value, option) for option in get_args(annotation))
     if get_origin(annotation) is tuple:
         items = get_args(annotation)
@@ -158,6 +206,8 @@ def _is_a(value: Any, annotation: Any) -> bool:
         return number and math.isfinite(value)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is str:
+        return is_text(value)
     return isinstance(value, annotation)
 
 
@@ -179,6 +229,8 @@ def _check_templates(config: ConfigDict) -> None:
                 raise InputError(
                     f"templates.{name}.{field}: unknown slot {{{slot}}}, expected {sorted(known)}"
                 )
+        if "problem" not in _slots("".join(Template(**fields))):
+            raise InputError(f"templates.{name}: expected the slot {{problem}}, got {fields}")
 
 
 def _slots(text: str) -> set[str]:
@@ -205,6 +257,7 @@ def _check_ranges(config: ConfigDict) -> None:
         _expect(config, field, lambda x: x >= 1, "at least 1")
     for field in ("seed", "data.seed", "data.num_train", "data.num_test", "rollout.top_k"):
         _expect(config, field, lambda x: x >= 0, "at least 0")
+    _expect(config, "output_dir", lambda x: x != "", "a folder")
     for field in ("optimizer.learning_rate", "optimizer.clip_norm", "verifier.timeout_s"):
         _expect(config, field, lambda x: x > 0, "more than 0")
     for field in ("optimizer.b1", "optimizer.b2"):
@@ -243,11 +296,12 @@ def _method(config: ConfigDict) -> Method:
     hyper = config.method.to_dict()
     name = hyper.pop("name", None)
     factories = METHODS | PRESETS
-    if name not in factories:
+    if not isinstance(name, str) or name not in factories:
         raise InputError(f"method.name: expected one of {sorted(factories)}, got {name!r}")
     factory = factories[name]
     allowed = inspect.signature(factory).parameters
-    types = get_type_hints(getattr(factory, "func", factory))  # a preset is a partial
+    plain = getattr(factory, "func", factory)  # a preset is a partial
+    types = get_type_hints(plain, include_extras=True)
     for key, value in hyper.items():
         if key not in allowed:
             raise InputError(f"method.{key}: {name} has {sorted(allowed)}, got {key!r}")
@@ -292,10 +346,9 @@ def templates(config: ConfigDict) -> dict[str, Template]:
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW on the clipped gradient, with warm-up and schedule."""
+    """AdamW on the clipped gradient, with warm-up and schedule; `update` takes the `step`."""
     c = config.optimizer
     decay_steps = max(config.steps - c.warmup_steps, 1)
-    updates = c.mini_batches * c.epochs  # a step; schedules count steps
     after = {
         "constant": optax.constant_schedule(c.learning_rate),
         "linear": optax.linear_schedule(
@@ -303,14 +356,24 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
         ),
         "cosine": optax.cosine_decay_schedule(c.learning_rate, decay_steps, c.final_scale),
     }[c.schedule]
-    # The first update has count 0: (count + 1) / warmup_steps keeps it from being wasted.
+    # The first step is number 0: (step + 1) / warmup_steps keeps it from being wasted.
     warmup = optax.linear_schedule(
         c.learning_rate / max(c.warmup_steps, 1), c.learning_rate, max(c.warmup_steps - 1, 1)
     )
     rate = optax.join_schedules([warmup, after], [c.warmup_steps])
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
-        optax.adamw(
-            lambda count: rate(count // updates), c.b1, c.b2, c.eps, weight_decay=c.weight_decay
-        ),
+        optax.scale_by_adam(c.b1, c.b2, c.eps),
+        optax.add_decayed_weights(c.weight_decay),
+        _scale_by_rate(rate),
     )
+
+
+def _scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Minus `rate(step)`. optax would count updates, of which a step has several or none."""
+
+    def update(updates, state, params=None, *, step, **others):
+        del params, others
+        return jax.tree.map(lambda x: -rate(step) * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

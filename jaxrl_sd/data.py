@@ -9,6 +9,7 @@ from pathlib import Path
 import grain
 
 from jaxrl_sd import countdown
+from jaxrl_sd.tokens import is_text
 from jaxrl_sd.types import InputError, Problem
 
 # Column names in use, in order of preference.
@@ -28,9 +29,11 @@ def load(source: str, split: str, count: int, seed: int, suffix: str = "") -> li
       suffix: text that ends every prompt.
 
     Raises:
-      InputError: see `read_jsonl`.
+      InputError: no count for the built-in task; a bad file, see `read_jsonl`.
     """
     if source == "countdown":
+        if count < 1:
+            raise InputError(f"data.num_{split}: expected at least 1 of countdown, got {count}")
         problems = countdown.problems(split, count, seed)
     else:
         problems = read_jsonl(Path(source))
@@ -49,7 +52,7 @@ def read_jsonl(path: Path) -> list[Problem]:
     problems = []
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data: {path}: expected UTF-8 text, {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -62,7 +65,7 @@ def read_jsonl(path: Path) -> list[Problem]:
 def _problem(line: str, where: str) -> Problem:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"data: {where}: expected a JSON object, got {line[:60]!r}") from error
     if not isinstance(row, dict):
         raise InputError(f"data: {where}: expected a JSON object, got {line[:60]!r}")
@@ -70,7 +73,8 @@ def _problem(line: str, where: str) -> Problem:
     def first(columns: Sequence[str]) -> str | None:
         for column in columns:
             value = row.get(column)
-            if isinstance(value, bool) or not isinstance(value, str | int | float | None):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (value is None or number or is_text(value)):
                 raise InputError(f"data: {where}: {column}: expected text, got {value!r:.60}")
             if value is not None and str(value).strip():
                 return str(value).strip()

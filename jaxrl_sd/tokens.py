@@ -3,14 +3,16 @@
 Response ids are never decoded and re-tokenised: a teacher scores the very ids that were sampled.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl_sd.types import InputError
+from jaxrl_sd.types import InputError, first_line
 
 
 class Template(NamedTuple):
@@ -22,18 +24,12 @@ class Template(NamedTuple):
 
 
 def load_tokenizer(path: str | os.PathLike):
-    """The tokenizer of a Hugging Face folder or hub name.
+    """The tokenizer of a Hugging Face folder.
 
     Raises:
       InputError: there is none, or it has no chat template or no padding token.
     """
-    from transformers import AutoTokenizer  # seconds to import, and not needed by the arithmetic
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"model.path: no tokenizer could be read from {path}: {first}") from error
+    tokenizer = _read_tokenizer(path)
     if not tokenizer.chat_template:
         raise InputError(
             f"model.path: the tokenizer in {path} has no chat template; add chat_template.jinja "
@@ -47,18 +43,89 @@ def load_tokenizer(path: str | os.PathLike):
     return tokenizer
 
 
+def load_vocabulary(path: str | os.PathLike) -> dict[str, int]:
+    """The id of every token of the tokenizer in a Hugging Face folder.
+
+    Raises:
+      InputError: there is none.
+    """
+    return _read_tokenizer(path).get_vocab()
+
+
+def _read_tokenizer(path: str | os.PathLike):
+    from transformers import AutoTokenizer  # seconds to import, and not needed by the arithmetic
+
+    if not Path(path).is_dir():  # transformers would take it for the name of a download
+        raise InputError(f"model.path: no tokenizer could be read from {path}: not a folder")
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers and its parsers raise whatever they meet
+        raise InputError(
+            f"model.path: no tokenizer could be read from {path}: {first_line(error)}"
+        ) from error
+
+
+def is_text(value: object) -> bool:
+    """Whether this is a string without lone surrogates, which stand for no character."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def fill(text: str, slots: Mapping[str, str]) -> str:
     """Replaces `{name}` by slots[name]; braces inside slot texts and `{}` stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: slots.get(match[1], match[0]), text)
 
 
+_MARK = "\ufdd0"  # Unicode promises that no text has it
+
+
 def render(tokenizer, template: Template, slots: Mapping[str, str]) -> list[int]:
-    """Token ids of a prompt, generation header and tail included."""
+    """Token ids of a prompt, generation header and tail included.
+
+    What looks like a special token in a slot stays text; only templates have special tokens.
+
+    Raises:
+      InputError: the tokenizer's chat template fails on these turns.
+    """
+    special = {
+        str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
+    marked = {
+        slot: re.sub(names, lambda match: f"{_MARK}{special[match[0]]}{_MARK}", text)
+        for slot, text in slots.items()
+    }
+    text = _chat(tokenizer, template, marked) + fill(template.tail, marked)
+    if _MARK not in text:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Tokenizers work on what stands between special tokens piece by piece, and so do we.
+    ids = []
+    for piece in re.split(f"({names})", text):
+        ids += [special[piece]] if piece in special else _text_ids(tokenizer, piece, special)
+    return ids
+
+
+def _chat(tokenizer, template: Template, slots: Mapping[str, str]) -> str:
     system, user = fill(template.system, slots), fill(template.user, slots)
     messages = [{"role": "system", "content": system}] if template.system else []
     messages.append({"role": "user", "content": user})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text + fill(template.tail, slots), add_special_tokens=False)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs
+        roles = " and a ".join(message["role"] for message in messages)
+        raise InputError(
+            f"model.path: the tokenizer's chat template fails on a {roles} turn: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _text_ids(tokenizer, piece: str, special: Mapping[str, int]) -> list[int]:
+    """Ids of a text in which `render` has marked what looks like a special token."""
+    names = {str(i): name for name, i in special.items()}
+    text = re.sub(f"{_MARK}(\\d+){_MARK}", lambda match: names.get(match[1], match[0]), piece)
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # A vocabulary of whole words may have special tokens among its words.
+    controls = set(special.values())
+    return [tokenizer.unk_token_id if i in controls else i for i in ids]
 
 
 def render_within(
@@ -116,13 +183,17 @@ def response_text(tokenizer, ids: Sequence[int], stop_ids: Sequence[int]) -> str
 
 
 def stop_ids(tokenizer, path: str | os.PathLike) -> tuple[int, ...]:
-    """Ids that end a response: the tokenizer's and those of generation_config.json."""
-    from transformers import GenerationConfig
+    """Ids that end a response: the tokenizer's and those of generation_config.json.
 
-    try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        ids = None
+    Raises:
+      InputError: neither has one, or generation_config.json cannot be read.
+    """
+    file, ids = Path(path) / "generation_config.json", None
+    if file.is_file():
+        try:
+            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{file}: expected a JSON object: {first_line(error)}") from error
     ids = ids if isinstance(ids, list) else [ids]
     ids = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
     if not ids:

@@ -38,7 +38,7 @@ from jaxrl_sd import (
 )
 from jaxrl_sd import config as configuration
 from jaxrl_sd.methods import Method
-from jaxrl_sd.metrics import Writer
+from jaxrl_sd.metrics import Writer, strict
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.sampler import SamplingConfig
 from jaxrl_sd.tokens import Template, load_tokenizer, stop_ids
@@ -57,7 +57,6 @@ class Run(NamedTuple):
 
     config: ConfigDict
     method: Method
-    initial: dict[str | None, Params]  # of the policy (None), and of each teacher's checkpoint
     model: ModelConfig
     tokenizer: Any
     problems: grain.MapDataset  # [i] is the i-th that training sees
@@ -101,11 +100,13 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """
     clock = Clock()
     with clock("start"):
-        run = prepare(config)
+        run, initial = prepare(config)
         checkpoints = checkpoint.manager(run.folder / "checkpoints", config.checkpoint.keep)
-        state, position, seconds = start_or_resume(run, checkpoints)
+        state, position, seconds = start_or_resume(run, initial, checkpoints)
+        del initial  # else one device would hold it all through the run
     clock.add(seconds)
     first = int(state.step)
+    forget_after(run.folder, first)
     with (
         checkpoints,
         VerifierPool(config.verifier.workers, config.verifier.timeout_s) as pool,
@@ -162,13 +163,24 @@ def train(config: ConfigDict) -> dict[str, Any]:
     return summary
 
 
+def forget_after(folder: Path, step: int) -> None:
+    """Removes what an aborted run wrote about updates that no checkpoint holds."""
+    for path in [*folder.glob("rollouts/*.jsonl"), *folder.glob("evaluations/*.json")]:
+        if path.stem.isdecimal() and int(path.stem) > step:
+            path.unlink()
+
+
 def is_due(config: ConfigDict, finished: int) -> bool:
     """Whether to evaluate and to write down a group after so many updates."""
     return finished % config.evaluation.every == 0 or finished == config.steps
 
 
-def prepare(config: ConfigDict) -> Run:
-    """Checks everything and reads model, tokenizer and problems."""
+def prepare(config: ConfigDict) -> tuple[Run, dict[str | None, Params]]:
+    """Checks everything and reads models, tokenizer and problems.
+
+    Returns:
+      The run, and the initial parameters of the policy (under None) and of teachers' checkpoints.
+    """
     method = configuration.check(config)
     mesh = sharding.make_mesh(**config.mesh)
     tokenizer = load_tokenizer(config.model.path)
@@ -210,35 +222,45 @@ def prepare(config: ConfigDict) -> Run:
     gaps = diagnostics.make_gaps(method, configs, config.rollout.temperature, config.compute.chunk)
     problems = data.shuffled(train, config.seed)
     folder = Path(config.output_dir)
-    return Run(
-        *(config, method, initial, model, tokenizer, problems, held_out),
+    run = Run(
+        *(config, method, model, tokenizer, problems, held_out),
         *(templates, sampling, mesh, steps, gaps, folder),
     )
+    return run, initial
 
 
 def load_models(path: str, tokenizer, method: Method):
     """Parameters and architecture of the policy, under None, and of each teacher's checkpoint.
 
     Raises:
-      InputError: a model does not belong to the policy's tokenizer.
+      InputError: a model cannot be read, or does not belong to the policy's tokenizer.
     """
-    checkpoints = {teacher.source.checkpoint for teacher in method.teachers.values()}
-    paths = {checkpoint: checkpoint for checkpoint in checkpoints} | {None: path}
-    initial, models = {}, {}
-    for key, folder in paths.items():
-        initial[key], config = weights.load(folder)
-        if len(tokenizer) > config.vocab_size:
+    params, config = load_model(path, tokenizer)
+    initial, models = {None: params}, {None: config}
+    for folder in {t.source.checkpoint for t in method.teachers.values()} - {None}:
+        try:
+            initial[folder], models[folder] = load_model(folder, tokenizer)
+            same = tokens.load_vocabulary(folder) == tokenizer.get_vocab()
+        except InputError as error:
+            reason = str(error).removeprefix("model.path: ")
+            raise InputError(f"method.teacher: {reason}") from error
+        if not same:
             raise InputError(
-                f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, the model in "
-                f"{folder} {config.vocab_size}: they do not belong together"
-            )
-        models[key] = replace(config, num_tokens=len(tokenizer))
-        if key is not None and load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-            raise InputError(
-                f"method: the teacher in {folder} has another tokenizer than the policy in {path}; "
-                f"a teacher scores the policy's own tokens"
+                f"method.teacher: the model in {folder} has another tokenizer than the policy in "
+                f"{path}; a teacher scores the policy's own tokens"
             )
     return initial, models
+
+
+def load_model(folder: str, tokenizer) -> tuple[Params, ModelConfig]:
+    """Parameters and architecture, of as many tokens as the tokenizer knows."""
+    params, config = weights.load(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {folder} "
+            f"{config.vocab_size}: they do not belong together"
+        )
+    return params, replace(config, num_tokens=len(tokenizer))
 
 
 def check_problems(
@@ -249,6 +271,7 @@ def check_problems(
     Raises:
       InputError: naming the problem.
     """
+    tokens.render(tokenizer, template, {"problem": problems[0].prompt})  # has its own errors
     try:
         rollout.encode(problems, tokenizer, template, config.rollout.max_prompt)
     except InputError as error:
@@ -273,31 +296,37 @@ def check_problems(
 def check_hints_fit(problems, name, teacher, tokenizer, templates, config) -> None:
     """The longest problem leaves room for each wording that this teacher can be shown."""
     longest = max(problems, key=lambda problem: len(problem.prompt))
+    limit = config.rollout.max_hint_prompt
+    for hint in possible_hints(longest, teacher.context):
+        slots = {**dict.fromkeys(hint.slots, ""), "problem": longest.prompt}
+        try:
+            prompt = tokens.render(tokenizer, templates[hint.template], slots)
+        except InputError as error:
+            raise InputError(f"{error} ({name}, template {hint.template})") from error
+        if len(prompt) > limit:
+            raise InputError(
+                f"rollout.max_hint_prompt: {name}, template {hint.template}: {len(prompt)} tokens "
+                f"without a hint, expected at most {limit}, for the problem {longest.prompt[:80]!r}"
+            )
+
+
+def possible_hints(problem: Problem, context: contexts.Context) -> list[contexts.Hint]:
+    """A hint of each template that a context can use."""
     # All verdict patterns that a context can tell apart: nobody, somebody, several were right.
     verdicts = [[False] * 4, [True] + [False] * 3, [True, True, False, False], [True] * 4]
+    found = {}
     for group in verdicts:
-        samples = [Sample((), "", correct, False) for correct in group]
-        for hint in teacher.context.write(longest, samples, np.random.default_rng(0)):
+        samples = [Sample((), "", correct, False, feedback="wrong") for correct in group]
+        for hint in context.write(problem, samples, np.random.default_rng(0)):
             hint = hint or contexts.Hint("nothing")
-            empty = dict.fromkeys(hint.slots, "")
-            try:
-                tokens.render_within(
-                    tokenizer,
-                    templates[hint.template],
-                    longest.prompt,
-                    empty,
-                    config.rollout.max_hint_prompt,
-                )
-            except InputError as error:
-                raise InputError(
-                    f"rollout.max_hint_prompt: {name}, template {hint.template}: {error}"
-                ) from error
+            found[hint.template] = hint
+    return list(found.values())
 
 
-def start_or_resume(run: Run, checkpoints) -> tuple[State, int, dict[str, float]]:
+def start_or_resume(run: Run, initial, checkpoints) -> tuple[State, int, dict[str, float]]:
     """The state to go on from, the position in the sequence of problems, and seconds spent."""
     optimizer = configuration.optimizer(run.config)
-    state = init_state(run.initial, optimizer, run.method.teachers, run.config.seed)
+    state = init_state(initial, optimizer, run.method.teachers, run.config.seed)
     state = jax.device_put(state, sharding.of_state(state, run.mesh))
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
     state, position, seconds = restored or (state, 0, {})
@@ -376,10 +405,12 @@ def collect(run: Run, state: State, pool: VerifierPool, position: int, clock: Cl
         if len(kept) >= settings.prompts:
             break
     else:
+        ungraded = rollout.describe(sampled)["rollout/ungraded"]
         raise InputError(
             f"rollout.max_rounds: {run.config.method.name} kept {len(kept)} of the "
-            f"{len(sampled)} groups of {settings.max_rounds} rounds and needs {settings.prompts}; "
-            f"allow more rounds, or choose problems that are neither too hard nor too easy"
+            f"{len(sampled)} groups of {settings.max_rounds} rounds and needs {settings.prompts} "
+            f"({ungraded:.0%} of the answers could not be graded); allow more rounds, or choose "
+            f"problems that are neither too hard nor too easy"
         )
     problems, groups = zip(*kept[: settings.prompts], strict=True)
     metrics = {
@@ -422,7 +453,8 @@ def measure(run: Run, state: State, pool: VerifierPool, step: int) -> dict[str, 
         )
     path = evaluation_file(run.folder, step)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({name: v.tolist() for name, v in verdicts.items()}))
+    record = {name: v.tolist() for name, v in verdicts.items()}
+    path.write_text(json.dumps(strict(record), allow_nan=False))
     accuracy = evaluate.avg_at_k(verdicts["sampled"])
     return {
         "eval/accuracy": accuracy.value,
@@ -456,7 +488,7 @@ def log_group(run: Run, batch: Batch, gaps, problems, groups, step: int) -> None
                 "response_tokens": [run.tokenizer.decode([t]) for t in answer.ids],
                 "correct": answer.correct,
                 "truncated": answer.truncated,
-                "reward": float(reward[i]),
+                "reward": None if answer.correct is None else float(reward[i]),
                 "advantage": credit.adv_t[i, :n].tolist(),
                 "distill": credit.distill_t[i, :n].tolist(),
                 "gap": {name: gap[i, :n].tolist() for name, gap in gaps.items()},
@@ -464,7 +496,8 @@ def log_group(run: Run, batch: Batch, gaps, problems, groups, step: int) -> None
         )
     path = run.folder / "rollouts" / f"{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = [json.dumps(strict(record), allow_nan=False) + "\n" for record in records]
+    path.write_text("".join(lines))
 
 
 def read_rollouts(folder: Path) -> list[dict[str, Any]]:

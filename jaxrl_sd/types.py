@@ -18,6 +18,12 @@ class InputError(ValueError):
     """Bad input from the user. The message names the field, the value and what was expected."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One problem as the data set has it. `verifier` names an entry of `verify.VERIFIERS`."""

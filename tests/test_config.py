@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_type_hints
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,15 +44,15 @@ def test_a_preset_can_be_changed(config):
 
 
 def test_schedules_count_steps_and_not_updates(config):
-    """Warm-up of two steps with two updates each."""
-    config.optimizer.warmup_steps, config.optimizer.mini_batches = 2, 2
+    """Warm-up of two steps with two updates each, of which one was skipped."""
+    config.optimizer.warmup_steps = 2
     optimizer = configuration.optimizer(config)
     params = jnp.zeros(())
     state, moves = optimizer.init(params), []
-    for _ in range(6):
-        move, state = optimizer.update(jnp.ones(()), state, params)
+    for step in (0, 0, 1, 2, 2):
+        move, state = optimizer.update(jnp.ones(()), state, params, step=step)
         moves.append(float(move) / -config.optimizer.learning_rate)
-    np.testing.assert_allclose(moves, [0.5, 0.5, 1, 1, 1, 1], rtol=1e-4)
+    np.testing.assert_allclose(moves, [0.5, 0.5, 1, 1, 1], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +60,14 @@ def test_schedules_count_steps_and_not_updates(config):
     [
         ("method.name", "ppo", "method.name: expected one of .*'rlsd'.*, got 'ppo'"),
         ("method.eps", 0.1, "method.eps: rlsd has .*'eps_w'"),
-        ("method.eps_w", "wide", "method.eps_w: expected float, got 'wide'"),
-        ("method.decay_steps", 2.5, "method.decay_steps: expected int, got 2.5"),
-        ("method.sync_every", 0, "method.every: expected at least 1"),
+        ("method.eps_w", "wide", "method.eps_w: expected float of at least 0, got 'wide'"),
+        ("method.decay_steps", 2.5, "method.decay_steps: expected int of at least 1, got 2.5"),
+        ("method", "hsd", "method: expected a group of settings, got 'hsd'"),
+        ("method.name", ["hsd"], r"method.name: expected one of .*, got \['hsd'\]"),
+        ("templates", None, "templates: expected a group of settings, got None"),
+        ("templates.answer", {"user": "try {answer}"}, "templates.answer: .* the slot {problem}"),
+        ("data.suffix", "\ud800", r"data.suffix: expected str, got '\\ud800'"),
+        ("output_dir", "", "output_dir: expected a folder, got ''"),
         ("setps", 3, "setps: unknown, expected one of .*'steps'"),
         ("optimizer.lr", 1e-3, "optimizer.lr: unknown, expected one of .*'learning_rate'"),
         ("steps", "many", "steps: expected int, got 'many'"),
@@ -96,6 +103,95 @@ def test_wrong_settings_are_named(config, field, value, message):
         configuration.check(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "values", "expected"),
+    [
+        ("grpo", "clip_low", (-0.1,), "float of at least 0"),
+        ("grpo", "kl_coef", (-0.04,), "float of at least 0"),
+        ("rlsd", "sync_every", (0,), "int of at least 1"),
+        ("rlsd_released", "decay_steps", (0,), "int of at least 1"),
+        ("sdpg", "warmup", (0,), "int of at least 1"),
+        ("sdpg", "decay", (0,), "int of at least 1"),
+        ("cast", "clip_positive", ((1.2, 0.8), (-1, 1), (1,), 1), "two numbers .* low <= high"),
+        ("cast", "cutoff", (-1,), "int of at least 0 or None"),
+        ("sc_grpo", "quantile", (3, -0.1), r"float in \[0, 1\]"),
+        ("sc_grpo", "c_min", (0,), "float above 0"),
+        ("dr_grpo", "max_tokens", (0,), "int of at least 1 or None"),
+        ("sdpo", "rate", (0, 1.5), r"float in \(0, 1\]"),
+        ("sdpo", "top_k", (0,), "int of at least 1"),
+        ("sdft", "alpha", (-0.5, 2), r"float in \[0, 1\]"),
+        ("sdft", "skip", (-1,), "int of at least 0"),
+        ("grpo_opsd", "tau", (0,), "float above 0"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_named(config, name, field, values, expected):
+    for value in values:
+        config.method = {"name": name, field: value}
+        with pytest.raises(InputError, match=f"^method.{field}: expected {expected}, got"):
+            configuration.check(config)
+
+
+def test_every_number_of_a_method_has_a_range():
+    for name, factory in METHODS.items():
+        types = get_type_hints(factory, include_extras=True)
+        plain = {key for key, annotation in types.items() if annotation in (int, float)}
+        assert not plain, name
+
+
+def test_settings_from_text(config):
+    """Literals are numbers and tuples; text settings stay text; types are those of the default."""
+    for field, text in {
+        "steps": "7",
+        "optimizer.learning_rate": "1",
+        "method.clip_positive": "(0.5, 1.5)",
+        "method.cutoff": "None",
+        "method.teacher": "a/folder",
+        "data.train": "3",
+        "data.suffix": " = ?",
+    }.items():
+        configuration.override(config, field, text)
+    assert config.steps == 7 and repr(config.optimizer.learning_rate) == "1.0"
+    method = {"name": "rlsd", "clip_positive": (0.5, 1.5), "cutoff": None, "teacher": "a/folder"}
+    assert config.method.to_dict() == method
+    assert (config.data.train, config.data.suffix) == ("3", " = ?")
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("foo.bar", "foo: unknown, expected one of"),
+        ("items.get", "items: unknown, expected one of"),
+        ("steps.x", "steps: expected int, got {'x': 1}"),
+        ("rollout.top_p.x", "rollout.top_p: expected float, got {'x': 1}"),
+        ("rollout", "rollout: expected a group of settings, got 1"),
+        ("method.eps_w.x", "method.eps_w: expected float .*, got {'x': 1}"),
+        ("templates.anwser.user", "templates.anwser: unknown"),
+        ("", ": unknown, expected one of"),
+    ],
+)
+def test_settings_from_text_that_do_not_exist_are_named(config, field, message):
+    configuration.override(config, field, "1")
+    with pytest.raises(InputError, match=f"^{message}"):
+        configuration.check(config)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(): return 1 / 0", "ZeroDivisionError: division by zero"),
+        ("def get_config(: pass", "SyntaxError"),
+        ("config = 3", "KeyError: 'get_config'"),
+        ("def get_config(): return {}", "expected a ConfigDict"),
+    ],
+)
+def test_a_configuration_file_that_fails_is_named(tmp_path, code, message):
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    with pytest.raises(InputError, match=message) as caught:
+        configuration.load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_micro_batches_divide_the_rows_of_a_mini_batch(config):
     config.optimizer.mini_batches, config.compute.micro_batches = 8, 32
     configuration.check(config)
@@ -124,7 +220,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(config, tmp_path):
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace('"think"', '"thought"'))
     config.method = {"name": "opd", "teacher": str(folder)}
-    with pytest.raises(InputError, match=f"the teacher in {folder} has another tokenizer"):
+    with pytest.raises(InputError, match=f"method.teacher: .* {folder} has another tokenizer"):
         prepare(config)
 
 
@@ -132,6 +228,13 @@ def test_a_method_without_groups_takes_single_samples(config):
     config.rollout.group_size = 1
     config.method.name = "opsd"
     assert configuration.check(config).min_group_size == 1
+
+
+@pytest.fixture
+def model(config, tmp_path):
+    """The folder of a copy of the model, which the configuration names."""
+    config.model.path = str(tmp_path / "model")
+    return Path(shutil.copytree(configuration.TINY_MODEL, config.model.path))
 
 
 @pytest.fixture
@@ -189,6 +292,59 @@ def test_a_tokenizer_without_chat_template_is_named(config, tmp_path):
         prepare(config)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", '{"model": {"type": "Foreign"}}'),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_named(config, model, file, text):
+    (model / file).write_text(text)
+    with pytest.raises(InputError, match=f"model.path: no tokenizer could be read from {model}"):
+        prepare(config)
+
+
+def test_stop_tokens_that_cannot_be_read_are_named(config, model):
+    (model / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config\.json: expected a JSON object"):
+        prepare(config)
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "source", "message"),
+    [
+        ("grpo", "{% for", "fails on a user turn: "),
+        ("grpo", "{{ raise_exception('Not today') }}", "fails on a user turn: Not today"),
+        ("grpo", "{{ 1 / 0 }}", "fails on a user turn: division by zero"),
+        (
+            "sc_grpo",
+            NO_SYSTEM,
+            r"fails on a system and a user turn: No system role \(teacher, template (attempt|peer)",
+        ),
+        (
+            "sdpo",
+            NO_SYSTEM,
+            r"fails on a system and a user turn: No system role \(teacher, template feedback",
+        ),
+    ],
+)
+def test_a_chat_template_that_fails_is_named(config, model, method, source, message):
+    """Before any sample, whatever is shown later."""
+    (model / "chat_template.jinja").write_text(source)
+    config.method.name = method
+    config.templates = {"feedback": {"system": "{feedback}"}} if method == "sdpo" else {}
+    config.rollout.max_hint_prompt = 200
+    with pytest.raises(InputError, match=f"^model.path: the tokenizer's chat template {message}"):
+        prepare(config)
+
+
 def test_a_tokenizer_of_another_model_is_named(config, tmp_path):
     folder = shutil.copytree(config.model.path, tmp_path / "model")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -208,16 +364,14 @@ def test_templates_of_the_configuration_replace_the_defaults(config):
 
 
 def test_learning_rate_warms_up_and_decays(config):
-    import jax.numpy as jnp
-
     config.steps, config.optimizer.warmup_steps = 12, 4
     config.optimizer.schedule, config.optimizer.final_scale = "linear", 0.5
     config.optimizer.clip_norm = 1e9
     optimizer = configuration.optimizer(config)
     params, sizes = jnp.zeros(()), []
     state = optimizer.init(params)
-    for _ in range(12):
-        update, state = optimizer.update(jnp.ones(()), state, params)
+    for step in range(12):
+        update, state = optimizer.update(jnp.ones(()), state, params, step=step)
         sizes.append(-float(update) / config.optimizer.learning_rate)
     expected = [0.25, 0.5, 0.75, 1.0, *(1 - 0.5 * i / 8 for i in range(8))]
     assert sizes == pytest.approx(expected, rel=1e-4)
@@ -227,8 +381,11 @@ def test_learning_rate_warms_up_and_decays(config):
     ("arguments", "status", "text"),
     [
         (("--config.method.name=ppo",), 1, "error: method.name: expected one of"),
-        (("--config.method.eps_w=wide",), 1, "error: method.eps_w: expected float"),
-        (("--help",), 1, "sc_grpo  Tokens weigh more where"),
+        (("--config.foo.bar=1",), 1, "error: foo: unknown, expected one of"),
+        (("--config=/no/such/file.py",), 1, "error: config: /no/such/file.py gives no config"),
+        (("--ouput_dir=x",), 1, "error: --ouput_dir=x: unknown, expected --config.<key>=<value>"),
+        (("--output_dir",), 1, "error: Missing value for flag --output_dir"),
+        (("--help",), 1, "sc_grpo       Tokens weigh more where"),
     ],
 )
 def test_the_command_line_answers_in_one_line(tmp_path, arguments, status, text):
@@ -236,4 +393,4 @@ def test_the_command_line_answers_in_one_line(tmp_path, arguments, status, text)
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == status
     assert text in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1

@@ -40,6 +40,8 @@ def test_usual_column_names_are_recognised(tmp_path):
         (("[1, 2]",), "jsonl:1: expected a JSON object"),
         (({"prompt": [{"role": "user"}], "answer": 1},), "prompt: expected text"),
         (({"prompt": "x", "answer": True},), "answer: expected text, got True"),
+        (({"prompt": "x \ud83d", "answer": "1"},), r"prompt: expected text, got 'x \\ud83d'"),
+        (("1" * 5000,), "jsonl:1: expected a JSON object"),
         (({"prompt": "x", "answer": "so ####"},), r"expected one of the fields \('answer'"),
     ],
 )
@@ -51,6 +53,13 @@ def test_bad_files_are_named(tmp_path, rows, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.jsonl"):
         data.load(str(tmp_path / "nothing.jsonl"), "train", 0, 0)
+
+
+def test_generated_problems_need_a_number():
+    with pytest.raises(
+        InputError, match=r"data\.num_test: expected at least 1 of countdown, got 0"
+    ):
+        data.load("countdown", "test", 0, 0)
 
 
 def test_every_pass_sees_every_problem_in_another_order():

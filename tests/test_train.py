@@ -153,7 +153,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
 
 
 def test_verdicts_that_are_missing_survive_in_strict_json(tmp_path, monkeypatch):
-    run = prepare(small_config(tmp_path))
+    run, _ = prepare(small_config(tmp_path))
     verdicts = np.array([[1, math.nan], [math.nan, math.nan], *[[0, 1]] * 6])
     monkeypatch.setattr(rollout, "measure", lambda *args, **kwargs: (verdicts, {}))
     state = SimpleNamespace(key=jax.random.key_data(jax.random.key(0)))
@@ -169,8 +169,13 @@ def test_what_no_checkpoint_holds_is_forgotten(tmp_path):
         (tmp_path / folder).mkdir()
         for step in (1, 2, 40):
             (tmp_path / folder / f"{step:06d}.{ending}").write_text("")
+    (tmp_path / "evaluations/notes.json").write_text("")
     forget_after(tmp_path, 2)
-    assert sorted(path.stem for path in tmp_path.glob("*/*")) == ["000001"] * 2 + ["000002"] * 2
+    assert sorted(path.stem for path in tmp_path.glob("*/*")) == [
+        *["000001"] * 2,
+        *["000002"] * 2,
+        "notes",
+    ]
 
 
 BROKEN_CHECKPOINT = """

@@ -1,7 +1,7 @@
 """What a method is: one pure function per pipeline stage. The default of every stage is GRPO's."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,21 @@ Metrics = dict[str, Array]
 CreditFn = Callable[[Batch, Array], tuple[Credit, Metrics]]
 LossFn = Callable[[dict[str, Array], Batch, Array], tuple[Array, Metrics]]
 Request = tuple[str | None, TokenStat]  # a teacher's name (None: no teacher), and a statistic
+
+
+class Limits(NamedTuple):
+    """Values that a hyper-parameter may have; the check of a configuration looks at them."""
+
+    hold: Callable[[Any], bool]
+    text: str
+
+
+Count = Annotated[int, Limits(lambda x: x >= 1, "of at least 1")]
+NonNegativeInt = Annotated[int, Limits(lambda x: x >= 0, "of at least 0")]
+Positive = Annotated[float, Limits(lambda x: x > 0, "above 0")]
+NonNegative = Annotated[float, Limits(lambda x: x >= 0, "of at least 0")]
+Rate = Annotated[float, Limits(lambda x: 0 < x <= 1, "in (0, 1]")]
+Share = Annotated[float, Limits(lambda x: 0 <= x <= 1, "in [0, 1]")]
 
 
 class Teacher(NamedTuple):

@@ -30,11 +30,18 @@ Deviations from the paper:
     flip at lam = 0; flips are switched off there too.
 """
 
+from typing import Annotated
+
 import jax.numpy as jnp
 
 from jaxrl_sd import contexts, groups, losses, stats, teachers
 from jaxrl_sd.methods.base import (
+    Count,
+    Limits,
     Method,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
     Teacher,
     advantage,
     policy_gradient,
@@ -42,7 +49,9 @@ from jaxrl_sd.methods.base import (
 )
 from jaxrl_sd.types import Array, Credit
 
-Bounds = tuple[float, float]
+Bounds = Annotated[
+    tuple[float, float], Limits(lambda x: 0 <= x[0] <= x[1], "with 0 <= low <= high")
+]
 
 
 def base_advantage(batch, uniform: float | Array = 1.0) -> Array:
@@ -77,15 +86,15 @@ def token_advantage(
 
 
 def cast(
-    lam: float = 1.0,
+    lam: NonNegative = 1.0,
     clip_positive: Bounds = (0.8, 1.05),
     clip_negative: Bounds = (0.95, 1.2),
-    max_adv: float = 1.2,
+    max_adv: Positive = 1.2,
     flip: bool = True,
-    cutoff: int | None = None,
-    sync_every: int = 10,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    cutoff: NonNegativeInt | None = None,
+    sync_every: Count = 10,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.28,
 ) -> Method:
     """The sign of each token's advantage follows a lagged self that sees no answer.
 

@@ -10,10 +10,10 @@ Deviations from the paper:
 """
 
 from jaxrl_sd import losses
-from jaxrl_sd.methods.base import Method
+from jaxrl_sd.methods.base import Method, Positive
 
 
-def cispo(max_ratio: float = 5.0) -> Method:
+def cispo(max_ratio: Positive = 5.0) -> Method:
     """REINFORCE whose importance ratio is bounded, so that no token loses its gradient.
 
     Args:

@@ -21,7 +21,7 @@ Deviations from the paper:
 import numpy as np
 
 from jaxrl_sd import losses
-from jaxrl_sd.methods.base import Grades, Method, Verdicts, policy_gradient
+from jaxrl_sd.methods.base import Grades, Method, NonNegative, Verdicts, policy_gradient
 
 
 def mixed_groups(verdicts: Verdicts) -> np.ndarray:
@@ -33,7 +33,7 @@ def mixed_groups(verdicts: Verdicts) -> np.ndarray:
 
 
 def dapo(
-    overlong_buffer: int | None = None, clip_low: float = 0.2, clip_high: float = 0.28
+    overlong_buffer: int | None = None, clip_low: NonNegative = 0.2, clip_high: NonNegative = 0.28
 ) -> Method:
     """GRPO on mixed groups only, with clip-higher, a token mean and a penalty near the limit.
 

@@ -9,11 +9,13 @@ Deviations from the paper:
 """
 
 from jaxrl_sd import groups, losses
-from jaxrl_sd.methods.base import Method, policy_gradient
+from jaxrl_sd.methods.base import Count, Method, NonNegative, policy_gradient
 from jaxrl_sd.types import Credit
 
 
-def dr_grpo(max_tokens: int | None = None, clip_low: float = 0.2, clip_high: float = 0.2) -> Method:
+def dr_grpo(
+    max_tokens: Count | None = None, clip_low: NonNegative = 0.2, clip_high: NonNegative = 0.2
+) -> Method:
     """GRPO without its two normalisers: no standard deviation, no response length.
 
     Args:

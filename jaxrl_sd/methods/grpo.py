@@ -14,13 +14,13 @@ Found in the paper (tests/test_theory_estimators.py):
 """
 
 from jaxrl_sd import losses
-from jaxrl_sd.methods.base import Method, add_reference_penalty, policy_gradient
+from jaxrl_sd.methods.base import Method, NonNegative, add_reference_penalty, policy_gradient
 
 
 def grpo(
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.04,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.2,
+    kl_coef: NonNegative = 0.04,
     average: str = "sequence",
 ) -> Method:
     """Every token of an answer gets the same credit.

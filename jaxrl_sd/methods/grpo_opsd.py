@@ -16,7 +16,10 @@ Deviations from the papers:
 
 from jaxrl_sd import contexts, stats, teachers
 from jaxrl_sd.methods.base import (
+    Count,
     Method,
+    NonNegative,
+    Positive,
     Teacher,
     add_reference_kl,
     distillation,
@@ -53,11 +56,11 @@ def _sum(teacher: Teacher, divergence: TokenStat, coef, clip_low: float, clip_hi
 
 
 def grpo_opsd(
-    coef: float = 0.2,
-    decay_steps: int = 50,
-    tau: float = 0.05,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    coef: NonNegative = 0.2,
+    decay_steps: Count = 50,
+    tau: Positive = 0.05,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.28,
 ) -> Method:
     """GRPO plus a fading OPSD term (CAST's baseline).
 
@@ -78,7 +81,10 @@ def grpo_opsd(
 
 
 def grpo_opsd_hsd(
-    coef: float = 0.5, beta: float = 1e-3, clip_low: float = 0.2, clip_high: float = 0.2
+    coef: NonNegative = 0.5,
+    beta: NonNegative = 1e-3,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.2,
 ) -> Method:
     """GRPO plus a constant OPSD term (HSD's baseline).
 

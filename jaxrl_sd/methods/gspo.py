@@ -7,10 +7,10 @@ Deviations from the paper: none known. Its 4 updates a batch are `optimizer.mini
 """
 
 from jaxrl_sd import losses
-from jaxrl_sd.methods.base import Method
+from jaxrl_sd.methods.base import Method, NonNegative
 
 
-def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Method:
+def gspo(clip_low: NonNegative = 3e-4, clip_high: NonNegative = 4e-4) -> Method:
     """GRPO whose ratio, and so its clip, is that of the whole answer.
 
     Args:

@@ -27,6 +27,7 @@ Found in the paper (tests/test_theory.py):
 from jaxrl_sd import contexts, stats, teachers
 from jaxrl_sd.methods.base import (
     Method,
+    NonNegative,
     Teacher,
     add_reference_kl,
     distill_everything,
@@ -34,7 +35,7 @@ from jaxrl_sd.methods.base import (
 )
 
 
-def hsd(beta: float = 1e-3) -> Method:
+def hsd(beta: NonNegative = 1e-3) -> Method:
     """Distils every answer towards the self that saw the answer and a successful sibling.
 
     Args:

@@ -10,9 +10,9 @@ The student's own answers, every token judged by a larger model that reads the s
 `opd` is GKD with lambda = 1 and the mode-seeking divergence. `opd_sampled` needs the sampled
 token's log-probability only; lam = 1 is Thinking Machines' form, lam = 1.25 ExOPD (arXiv
 2602.12125, Eq. 14, whose sign is the released code's). Its expected gradient at a fixed prefix is
-that of `opd`; neither has the term that the divergence owes to later tokens, and so ExOPD's optimum,
-log pi = lam log pi_T + (1 - lam) log pi_ref + const of whole answers, is not reached token by token
-(tests/test_theory_estimators.py).
+that of `opd`. Neither has the term that the divergence owes to later tokens, and so ExOPD's
+optimum over whole answers, log pi = lam log pi_T + (1 - lam) log pi_ref + const, is not reached
+token by token (tests/test_theory_estimators.py).
 
 Deviations from the papers:
   - rho is relative to the trainer's log-probabilities at the start of the step, not to the
@@ -27,7 +27,9 @@ import math
 from jaxrl_sd import contexts, losses, stats, teachers
 from jaxrl_sd.methods.base import (
     REFERENCE,
+    Count,
     Method,
+    NonNegative,
     Teacher,
     distill_everything,
     distillation,
@@ -56,7 +58,7 @@ def opd(teacher: str) -> Method:
     return _distilled(teacher, stats.reverse_kl)
 
 
-def opd_top_k(teacher: str, top_k: int = 32) -> Method:
+def opd_top_k(teacher: str, top_k: Count = 32) -> Method:
     """Distils every answer towards another model's likeliest tokens.
 
     Args:
@@ -68,7 +70,10 @@ def opd_top_k(teacher: str, top_k: int = 32) -> Method:
 
 
 def opd_sampled(
-    teacher: str, scale: float = 1.0, clip_low: float = 1.0, clip_high: float = math.inf
+    teacher: str,
+    scale: NonNegative = 1.0,
+    clip_low: NonNegative = 1.0,
+    clip_high: NonNegative = math.inf,
 ) -> Method:
     """Distils towards another model by a policy gradient on the sampled tokens.
 

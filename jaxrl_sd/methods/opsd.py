@@ -22,10 +22,10 @@ Found in the paper (tests/test_theory.py):
 """
 
 from jaxrl_sd import contexts, stats, teachers
-from jaxrl_sd.methods.base import Method, Teacher, distill_everything, distillation
+from jaxrl_sd.methods.base import Method, Positive, Teacher, distill_everything, distillation
 
 
-def opsd(tau: float = 0.05) -> Method:
+def opsd(tau: Positive = 0.05) -> Method:
     """Distils every answer towards the initial policy that saw a reference solution.
 
     Args:

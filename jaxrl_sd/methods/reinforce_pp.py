@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_sd import groups, losses, stats
-from jaxrl_sd.methods.base import REFERENCE, Method, policy_gradient
+from jaxrl_sd.methods.base import REFERENCE, Method, NonNegative, policy_gradient
 from jaxrl_sd.types import Array, Credit
 
 
@@ -36,9 +36,9 @@ def return_to_go(reward: Array, penalty_t: Array, mask_t: Array) -> Array:
 
 
 def reinforce_pp(
-    kl_coef: float = 1e-3,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    kl_coef: NonNegative = 1e-3,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.2,
     group_baseline: bool = False,
 ) -> Method:
     """One baseline for the whole batch instead of one a group.

@@ -11,11 +11,11 @@ Deviations from the paper:
 """
 
 from jaxrl_sd import groups, losses, stats
-from jaxrl_sd.methods.base import REFERENCE, Method
+from jaxrl_sd.methods.base import REFERENCE, Method, NonNegative
 from jaxrl_sd.types import Credit
 
 
-def rloo(kl_coef: float = 0.03) -> Method:
+def rloo(kl_coef: NonNegative = 0.03) -> Method:
     """A whole answer is one action, and its baseline the mean reward of the others.
 
     Args:
@@ -29,7 +29,7 @@ def rloo(kl_coef: float = 0.03) -> Method:
         log_w = losses.row_sum(log_w_t, r.mask_t)
         A = groups.leave_one_out(r.reward - kl_coef * log_w, r.graded, r.group_size)
         adv_t = A[:, None] * r.mask_t
-        return Credit(adv_t, 0 * adv_t), {"log_ratio_to_reference": log_w.mean()}
+        return Credit(adv_t, 0 * adv_t), {}
 
     def loss(token_stats, batch, step):
         del step

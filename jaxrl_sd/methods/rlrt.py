@@ -16,7 +16,9 @@ import jax.numpy as jnp
 
 from jaxrl_sd import contexts, losses, stats, teachers
 from jaxrl_sd.methods.base import (
+    Count,
     Method,
+    NonNegative,
     Teacher,
     advantage,
     policy_gradient,
@@ -27,11 +29,11 @@ from jaxrl_sd.types import Credit
 
 
 def rlrt(
-    lam: float = 0.5,
-    eps_w: float = 1.0,
-    sync_every: int = 10,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    lam: NonNegative = 0.5,
+    eps_w: NonNegative = 1.0,
+    sync_every: Count = 10,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.28,
 ) -> Method:
     """Correct answers gain most where a self that saw a sibling disagrees.
 

@@ -41,7 +41,7 @@ Found in the paper (tests/test_theory.py):
 import jax.numpy as jnp
 
 from jaxrl_sd import contexts, losses, stats, teachers
-from jaxrl_sd.methods.base import Method, Teacher, advantage, policy_gradient
+from jaxrl_sd.methods.base import Count, Method, NonNegative, Teacher, advantage, policy_gradient
 from jaxrl_sd.types import Array, Credit
 
 
@@ -62,12 +62,12 @@ def evidence_weight(A: Array, Delta_t: Array, eps_w: float) -> Array:
 
 
 def rlsd(
-    lam_0: float = 0.5,
-    decay_steps: int = 50,
-    eps_w: float = 0.2,
-    sync_every: int = 10,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
+    lam_0: NonNegative = 0.5,
+    decay_steps: Count = 50,
+    eps_w: NonNegative = 0.2,
+    sync_every: Count = 10,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.28,
 ) -> Method:
     """The advantage of each token is scaled by what the answer-conditioned self thinks of it.
 

@@ -38,7 +38,15 @@ import jax.numpy as jnp
 
 from jaxrl_sd import contexts, groups, losses, stats, teachers
 from jaxrl_sd.contexts import Context, Hint
-from jaxrl_sd.methods.base import Method, Teacher, advantage, policy_gradient
+from jaxrl_sd.methods.base import (
+    Method,
+    NonNegative,
+    Positive,
+    Share,
+    Teacher,
+    advantage,
+    policy_gradient,
+)
 from jaxrl_sd.types import Array, Batch, Credit
 
 
@@ -78,11 +86,11 @@ def diversity_advantage(f_t: Array, batch: Batch, scored: Array) -> Array:
 
 
 def sc_grpo(
-    alpha: float = 0.1,
-    quantile: float = 0.75,
-    c_min: float = 1e-4,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    alpha: NonNegative = 0.1,
+    quantile: Share = 0.75,
+    c_min: Positive = 1e-4,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.2,
 ) -> Method:
     """Tokens weigh more where a verified sibling changes the policy's mind.
 

@@ -16,10 +16,18 @@ Deviations from the paper:
 import jax.numpy as jnp
 
 from jaxrl_sd import contexts, stats, teachers
-from jaxrl_sd.methods.base import Method, Teacher, distill_everything, distillation
+from jaxrl_sd.methods.base import (
+    Method,
+    NonNegativeInt,
+    Rate,
+    Share,
+    Teacher,
+    distill_everything,
+    distillation,
+)
 
 
-def sdft(alpha: float = 0.0, rate: float = 0.01, skip: int = 3) -> Method:
+def sdft(alpha: Share = 0.0, rate: Rate = 0.01, skip: NonNegativeInt = 3) -> Method:
     """Distils every answer towards a slow self that saw a demonstration.
 
     Args:

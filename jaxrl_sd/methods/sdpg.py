@@ -46,7 +46,16 @@ import math
 import jax.numpy as jnp
 
 from jaxrl_sd import contexts, losses, stats, teachers
-from jaxrl_sd.methods.base import Method, Teacher, add_reference_penalty, advantage, distillation
+from jaxrl_sd.methods.base import (
+    Count,
+    Method,
+    NonNegative,
+    Positive,
+    Teacher,
+    add_reference_penalty,
+    advantage,
+    distillation,
+)
 from jaxrl_sd.types import Array, Credit
 
 ANCHORS = {"ufkl": losses.k3, "urkl": losses.k2, "fkl": losses.fkl, "rkl": losses.rkl}
@@ -61,16 +70,16 @@ def beta_schedule(step: Array, beta: float, warmup: int, decay: int, total_steps
 
 
 def sdpg(
-    beta: float = 1e-3,
-    alpha: float = 1e-3,
-    warmup: int = 50,
-    decay: int = 350,
-    total_steps: int = 400,
+    beta: NonNegative = 1e-3,
+    alpha: NonNegative = 1e-3,
+    warmup: Count = 50,
+    decay: Count = 350,
+    total_steps: Count = 400,
     anchor: str = "ufkl",
     gate: bool = True,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float = 10.0,
+    clip_low: NonNegative = 0.2,
+    clip_high: NonNegative = 0.28,
+    dual_clip: Positive = 10.0,
 ) -> Method:
     """REINFORCE, with reverse KL to the hinted self on better-than-average answers.
 

@@ -20,7 +20,11 @@ Deviations from the paper:
 
 from jaxrl_sd import contexts, losses, stats, teachers
 from jaxrl_sd.methods.base import (
+    Count,
     Method,
+    Positive,
+    Rate,
+    Share,
     Teacher,
     distill_everything,
     distillation,
@@ -28,7 +32,9 @@ from jaxrl_sd.methods.base import (
 )
 
 
-def sdpo(alpha: float = 0.5, top_k: int = 100, rate: float = 0.05, is_clip: float = 2.0) -> Method:
+def sdpo(
+    alpha: Share = 0.5, top_k: Count = 100, rate: Rate = 0.05, is_clip: Positive = 2.0
+) -> Method:
     """Distils answers towards a slow self that saw a correct sibling or the verifier's feedback.
 
     Args:
