@@ -41,13 +41,16 @@ Found in the paper (tests/test_theory.py):
 import jax.numpy as jnp
 
 from jaxrl_sd import contexts, losses, stats, teachers
-from jaxrl_sd.methods.base import Count, Method, NonNegative, Teacher, advantage, policy_gradient
+from jaxrl_sd.methods.base import (
+    Count,
+    Method,
+    NonNegative,
+    Teacher,
+    advantage,
+    linear_decay,
+    policy_gradient,
+)
 from jaxrl_sd.types import Array, Credit
-
-
-def lam(step: Array, lam_0: float, decay_steps: int) -> Array:
-    """lam_0 max(1 - k / decay_steps, 0) with k = step + 1. RLSD Sec. 5.1."""
-    return lam_0 * jnp.maximum(1 - (step + 1) / decay_steps, 0.0)
 
 
 def evidence_weight(A: Array, Delta_t: Array, eps_w: float) -> Array:
@@ -84,7 +87,7 @@ def rlsd(
         mask_t = batch.rollouts.mask_t
         A = advantage(batch)[:, None]
         w_t = evidence_weight(A, batch.scores["gap"], eps_w)
-        lam_k = lam(step, lam_0, decay_steps)
+        lam_k = linear_decay(step, lam_0, decay_steps)  # Sec. 5.1
         adv_t = A * ((1 - lam_k) + lam_k * w_t) * mask_t
         tokens = jnp.maximum(mask_t.sum(), 1)
         metrics = {
