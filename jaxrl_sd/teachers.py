@@ -19,7 +19,7 @@ class Source(NamedTuple):
     Attributes:
       name: equal names mean equal behaviour.
       init: params -> state, at the start of training; of the policy, or of `checkpoint`.
-      refresh: (state, params, step) -> state, after update number `step` (1, 2, ...), jitted.
+      refresh: (state, params, step) -> state, after step number `step` (1, 2, ...), jitted.
       params: (state, params) -> the teacher's parameters.
       checkpoint: a folder in Hugging Face format, whose weights and architecture the teacher has;
         None for the policy's own.
@@ -55,7 +55,7 @@ def external(path: str) -> Source:
 
 
 def synced(every: int) -> Source:
-    """A copy of the policy, refreshed after updates `every`, 2 `every`, ... (RLSD, CAST)."""
+    """A copy of the policy, refreshed after steps `every`, 2 `every`, ... (RLSD, CAST)."""
     if every < 1:
         raise ValueError(f"every: expected at least 1 update, got {every}")
 

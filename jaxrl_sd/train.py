@@ -371,8 +371,8 @@ def sample(run: Run, state: State, problems: Sequence[Problem], position: int):
 class Collected(NamedTuple):
     """P kept groups, and where in the sequence of problems to go on."""
 
-    problems: list[Problem]
-    groups: list[list[Sample]]
+    problems: Sequence[Problem]
+    groups: Sequence[Sequence[Sample]]
     rollouts: Rollouts
     position: int
     metrics: dict[str, float]

@@ -135,7 +135,7 @@ class Method(NamedTuple):
       score: statistics used without gradient, read by `credit` and `loss` from `batch.scores`.
         `old_logp` and `entropy` are always there.
       credit: (batch, step) -> (Credit, metrics), once a batch, sees whole groups, jitted.
-        `step` counts finished updates, so it is 0 at the first one.
+        `step` counts finished steps (batches), so it is 0 at the first one.
       probe: statistics that are differentiated with respect to the student, given to `loss`.
         `logp` is always there.
       loss: ({name: f32[b, T]}, batch, step) -> (loss_t f32[b, T], metrics f32[b, T] each).

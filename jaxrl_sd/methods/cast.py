@@ -16,6 +16,8 @@ for these, and lower bounds up to 1 act with `flip=False` only. The paper does n
 tests/test_theory.py shows it. Watch `gap_negative`, `gap_zero` and `gap_positive`.
 
 Deviations from the paper:
+  - The copy is made every 10 steps, a step being one batch of rollouts; the paper counts optimiser
+    updates, which is the same with one update a batch.
   - Unstated there and chosen here: mean over all trained tokens; standard deviation with n - 1 and
     1e-6; truncated rows count in their group's statistics although their tokens do not train; the
     teacher's `{x}` is the student's rendered chat prompt, with the marker line after it.
@@ -104,9 +106,9 @@ def cast(
       clip_negative: (l-, u-), bounds of the weight where B < 0.
       max_adv: bound of the final token advantage.
       flip: False is the paper's "no sign reversal" ablation.
-      cutoff: from this update on (counted from 0) shaping, flips and the +-1 of uniform groups are
+      cutoff: from this step on (counted from 0) shaping, flips and the +-1 of uniform groups are
         off; None never.
-      sync_every: updates between copies of the policy to the teacher.
+      sync_every: steps between copies of the policy to the teacher.
       clip_low: PPO clip below 1.
       clip_high: PPO clip above 1.
     """

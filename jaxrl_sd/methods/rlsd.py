@@ -76,9 +76,9 @@ def rlsd(
 
     Args:
       lam_0: mixing coefficient at k = 0; 0 is GRPO with a token mean.
-      decay_steps: number of updates after which lam is 0.
+      decay_steps: number of steps after which lam is 0.
       eps_w: half-width of the clip of the evidence weight.
-      sync_every: updates between copies of the policy to the teacher.
+      sync_every: steps between copies of the policy to the teacher.
       clip_low: PPO clip below 1.
       clip_high: PPO clip above 1.
     """

@@ -86,8 +86,8 @@ def sdpg(
     Args:
       beta: peak weight of the distillation term.
       alpha: weight of the anchor to the initial policy.
-      warmup: updates over which beta rises.
-      decay: updates over which beta falls to 0, ending at `total_steps`.
+      warmup: steps over which beta rises.
+      decay: steps over which beta falls to 0, ending at `total_steps`.
       total_steps: T.
       anchor: ufkl, urkl, fkl or rkl.
       gate: distil rows with A > 0 only.
