@@ -1,23 +1,43 @@
-"""A Qwen3 decoder as plain functions over a parameter pytree.
+"""The dense decoder of Qwen3, Qwen2.5 and Llama 3 as plain functions over a parameter pytree.
 
-Pre-norm blocks, grouped-query attention with per-head RMSNorm of queries and keys, rotary
-positions, SwiGLU. Layers are stacked along a leading axis and run under `lax.scan`, so a teacher
-is the same function with other params. Architecture: Qwen3 technical report (2505.09388).
+Pre-norm blocks, grouped-query attention, rotary positions, SwiGLU. RMSNorm of queries and keys
+(Qwen3), biases and low-rank adapters are computed where the tree has them. Layers are stacked along
+a leading axis and run under `lax.scan`, so a teacher is the same function with other params.
+Architectures: Qwen3 (2505.09388), Qwen2.5 (2412.15115), Llama 3 (2407.21783); LoRA (2106.09685).
 
 B rows, N tokens, P prompts, G samples a prompt, S prompt tokens, T response tokens, D hidden,
-L layers, Q query heads, K key-value heads, R = Q / K, H head size, F feed-forward, V vocabulary.
+L layers, Q query heads, K key-value heads, R = Q / K, H head size, F feed-forward, V vocabulary,
+r rank of an adapter.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxrl_sd import vocabulary
+from jaxrl_sd import rope, vocabulary
 from jaxrl_sd.types import Array, Params
 from jaxrl_sd.vocabulary import MASKED
+
+# The projections of a layer: how many leading axes of the weight (the layer's apart) are inputs.
+LINEAR = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: (alpha / rank) A B is added to the weight of each target (2106.09685)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # of LINEAR
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +55,12 @@ class ModelConfig:
     rope_theta: float
     rms_norm_eps: float
     tie_embeddings: bool
+    lora: Lora | None = None
+    qk_norm: bool = True
+    biases: tuple[str, ...] = ()  # of LINEAR
+    rope_scaling: rope.Default = rope.DEFAULT
+    family: str = "qwen3"  # of architectures.FAMILIES: how its files are written
+    max_position_embeddings: int | None = None  # passed on from file to file
 
 
 @flax.struct.dataclass
@@ -48,7 +74,7 @@ class Cache:
 
 
 def param_shapes(config: ModelConfig) -> dict:
-    """Shape of every parameter, in the tree that all functions here take."""
+    """Shape of every parameter of the base model, in the tree that all functions here take."""
     c, L, D, H = config, config.num_layers, config.hidden_size, config.head_dim
     F = c.intermediate_size
     layers = {
@@ -64,6 +90,9 @@ def param_shapes(config: ModelConfig) -> dict:
         "up": (L, D, F),
         "down": (L, F, D),
     }
+    if not c.qk_norm:
+        del layers["q_norm"], layers["k_norm"]
+    layers |= {f"{name}_bias": (L, *layers[name][1 + LINEAR[name] :]) for name in c.biases}
     shapes = {"embed": (c.vocab_size, D), "layers": layers, "final_norm": (D,)}
     if not c.tie_embeddings:
         shapes["head"] = (c.vocab_size, D)
@@ -71,7 +100,7 @@ def param_shapes(config: ModelConfig) -> dict:
 
 
 def init_params(key: Array, config: ModelConfig) -> Params:
-    """Random float32 parameters: norms 1, embedding std 0.02, matrices variance 1 / fan-in."""
+    """Random float32 parameters: norms 1, biases 0, embedding std 0.02, matrices var 1 / fan-in."""
     inputs = {"o": config.num_heads * config.head_dim, "down": config.intermediate_size}
     leaves, treedef = jax.tree.flatten_with_path(
         param_shapes(config), is_leaf=lambda node: isinstance(node, tuple)
@@ -80,12 +109,60 @@ def init_params(key: Array, config: ModelConfig) -> Params:
     def draw(key, name, shape):
         if name.endswith("norm"):
             return jnp.ones(shape)
+        if name.endswith("bias"):
+            return jnp.zeros(shape)
         std = 0.02 if name == "embed" else inputs.get(name, config.hidden_size) ** -0.5
         return std * jax.random.normal(key, shape)
 
     keys = jax.random.split(key, len(leaves))
     params = [draw(k, path[-1].key, shape) for k, (path, shape) in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(treedef, params)
+
+
+def adapter_shapes(config: ModelConfig) -> dict:
+    """Shape of every matrix of `config.lora`, {"layers": {"q_a": (L, D, r), "q_b": ...}}."""
+    base, rank = param_shapes(config)["layers"], config.lora.rank
+    layers = {}
+    for name in config.lora.targets:
+        inputs = 1 + LINEAR[name]
+        layers[f"{name}_a"] = (*base[name][:inputs], rank)
+        layers[f"{name}_b"] = (base[name][0], rank, *base[name][inputs:])
+    return {"layers": layers}
+
+
+def init_adapter(key: Array, config: ModelConfig) -> Params:
+    """float32 matrices of an adapter that changes nothing yet.
+
+    B is 0 and A uniform in +-1 / sqrt(fan-in), as peft 0.21 draws it (Kaiming with a = sqrt 5).
+    """
+    shapes = adapter_shapes(config)["layers"]
+
+    def draw(key, name):
+        shape = shapes[name]
+        if name.endswith("_b"):
+            return jnp.zeros(shape)
+        bound = math.prod(shape[1:-1]) ** -0.5
+        return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+    keys = jax.random.split(key, len(shapes))
+    return {"layers": {name: draw(k, name) for name, k in zip(sorted(shapes), keys, strict=True)}}
+
+
+def join(base: Params, adapter: Params) -> Params:
+    """One tree with the leaves of both, what every forward pass takes; {} adds nothing."""
+    return unflatten_dict({**flatten_dict(base), **flatten_dict(adapter)})
+
+
+def merge(params: Params, adapter: Params, config: ModelConfig) -> Params:
+    """Weights W + (alpha / r) A B, computed in float32, in the types of `params`."""
+    layers = dict(params["layers"])
+    for name in config.lora.targets:
+        a, b = adapter["layers"][f"{name}_a"], adapter["layers"][f"{name}_b"]
+        # The default precision of an accelerator would round the factors to bfloat16.
+        product = jax.vmap(partial(jnp.tensordot, axes=1, precision=jax.lax.Precision.HIGHEST))
+        update = config.lora.scale * product(a.astype(jnp.float32), b.astype(jnp.float32))
+        layers[name] = (layers[name].astype(jnp.float32) + update).astype(layers[name].dtype)
+    return {**params, "layers": layers}
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
@@ -95,30 +172,48 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     return (y * jnp.broadcast_to(scale, y.shape)).astype(x.dtype)
 
 
-def rope(x: Array, positions: Array, theta: float) -> Array:
-    """Rotates pairs (i, i + H/2) of x [..., heads, H] by positions [...], in float32."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.multiply.outer(positions.astype(jnp.float32), frequency)[..., None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+def linear(x: Array, layer: Params, name: str, config: ModelConfig) -> Array:
+    """x W + bias + (alpha / r) (x A) B: the terms that the layer has, in x's type.
+
+    Args:
+      x: [..., *inputs].
+      layer: W [*inputs, *outputs] under `name`; bias [*outputs] under `{name}_bias`; A [*inputs, r]
+        and B [r, *outputs], of any type, under `{name}_a` and `{name}_b`.
+      name: of LINEAR.
+
+    Returns:
+      [..., *outputs].
+    """
+    inputs = range(LINEAR[name])
+    # Last axis first: another order of summation would round differently.
+    axes = [-1 - i for i in inputs], list(reversed(inputs))
+    product = partial(jnp.tensordot, x, axes=axes)
+    y = product(layer[name])
+    if f"{name}_bias" in layer:
+        y += jnp.broadcast_to(layer[f"{name}_bias"], y.shape)
+    if f"{name}_a" in layer:
+        a, b = (layer[f"{name}_{factor}"].astype(x.dtype) for factor in "ab")
+        y += config.lora.scale * jnp.tensordot(product(a), b, 1)
+    return y
 
 
 def _block(x: Array, layer: Params, positions: Array, attend, config: ModelConfig):
     """One decoder layer. `attend(q, k, v) -> (values [..., Q, H], what the caller keeps)`."""
     norm = partial(rms_norm, eps=config.rms_norm_eps)
+    project = partial(linear, layer=layer, config=config)
+    theta, scaling = config.rope_theta, config.rope_scaling
+    rotate = partial(rope.rope, positions=positions, theta=theta, scaling=scaling)
     with jax.named_scope("attention"):
         h = norm(x, layer["attn_norm"])
-        q = norm(jnp.einsum("...d,dqh->...qh", h, layer["q"]), layer["q_norm"])
-        k = norm(jnp.einsum("...d,dkh->...kh", h, layer["k"]), layer["k_norm"])
-        v = jnp.einsum("...d,dkh->...kh", h, layer["v"])
-        q, k = rope(q, positions, config.rope_theta), rope(k, positions, config.rope_theta)
-        values, kept = attend(q, k, v)
-        x = x + jnp.einsum("...qh,qhd->...d", values, layer["o"])
+        q, k, v = (project(h, name=name) for name in "qkv")
+        if "q_norm" in layer:
+            q, k = norm(q, layer["q_norm"]), norm(k, layer["k_norm"])
+        values, kept = attend(rotate(q), rotate(k), v)
+        x = x + project(values, name="o")
     with jax.named_scope("mlp"):
         h = norm(x, layer["mlp_norm"])
-        x = x + (jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"]
+        h = jax.nn.silu(project(h, name="gate")) * project(h, name="up")
+        x = x + project(h, name="down")
     return x, kept
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxrl_sd.model import LINEAR
 from jaxrl_sd.types import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -26,7 +27,7 @@ RULES = {
     "vocabulary": ("tensor",),
 }
 
-# Logical axes of each parameter, by its name in the tree (model.param_shapes).
+# Logical axes of each parameter, by its name in the trees of model.py.
 PARAM_AXES = {
     "embed": ("vocabulary", "hidden"),
     "head": ("vocabulary", "hidden"),
@@ -38,6 +39,11 @@ PARAM_AXES = {
     "up": ("layer", "hidden", "feed_forward"),
     "down": ("layer", "feed_forward", "hidden"),
 }
+for _name, _inputs in LINEAR.items():
+    _layer, *_axes = PARAM_AXES[_name]
+    PARAM_AXES[f"{_name}_bias"] = (_layer, *_axes[_inputs:])
+    PARAM_AXES[f"{_name}_a"] = (_layer, *_axes[:_inputs], "rank")
+    PARAM_AXES[f"{_name}_b"] = (_layer, "rank", *_axes[_inputs:])
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:

@@ -1,94 +1,41 @@
-"""Hugging Face folders <-> the parameters of `model`.
+"""Model folders <-> the parameters of `model`, without a model's copy in host memory.
 
-A folder has `config.json` and either `model.safetensors` or shards listed in
-`model.safetensors.index.json`. All that is particular to Qwen3 is in the three tables below.
+A folder in Hugging Face form has `config.json` and either `model.safetensors` or shards listed in
+`model.safetensors.index.json`. Our own form, for pods, has the parameters in an orbax checkpoint
+`params/` instead, so that each host reads and writes only its own part.
 """
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import EllipsisType
-from typing import NamedTuple
+from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxrl_sd import architectures, sharding
+from jaxrl_sd.architectures import TENSORS, Layout, Slot
 from jaxrl_sd.model import ModelConfig, param_shapes
-from jaxrl_sd.types import InputError, Params
+from jaxrl_sd.types import Array, InputError, Params, first_line
 
-# Fields of config.json that must have this value: the decoder has no code for another.
-FIXED = {
-    "model_type": "qwen3",
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "use_sliding_window": False,
-}
-
-# Field of ModelConfig: (field of config.json, its type).
-FIELDS = {
-    "vocab_size": ("vocab_size", int),
-    "hidden_size": ("hidden_size", int),
-    "intermediate_size": ("intermediate_size", int),
-    "num_layers": ("num_hidden_layers", int),
-    "num_heads": ("num_attention_heads", int),
-    "num_kv_heads": ("num_key_value_heads", int),
-    "head_dim": ("head_dim", int),
-    "rms_norm_eps": ("rms_norm_eps", float),
-    "tie_embeddings": ("tie_word_embeddings", bool),
-}
-
-# Parameter: (its tensor, with {} for the layer; how many of its leading axes are the input of a
-# linear layer, which is stored as a matrix [output, input]; 0 for what is stored as it is).
-TENSORS = {
-    "embed": ("model.embed_tokens.weight", 0),
-    "layers/attn_norm": ("model.layers.{}.input_layernorm.weight", 0),
-    "layers/q": ("model.layers.{}.self_attn.q_proj.weight", 1),
-    "layers/k": ("model.layers.{}.self_attn.k_proj.weight", 1),
-    "layers/v": ("model.layers.{}.self_attn.v_proj.weight", 1),
-    "layers/q_norm": ("model.layers.{}.self_attn.q_norm.weight", 0),
-    "layers/k_norm": ("model.layers.{}.self_attn.k_norm.weight", 0),
-    "layers/o": ("model.layers.{}.self_attn.o_proj.weight", 2),
-    "layers/mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", 0),
-    "layers/gate": ("model.layers.{}.mlp.gate_proj.weight", 1),
-    "layers/up": ("model.layers.{}.mlp.up_proj.weight", 1),
-    "layers/down": ("model.layers.{}.mlp.down_proj.weight", 1),
-    "final_norm": ("model.norm.weight", 0),
-    "head": ("lm_head.weight", 0),
-}
+SINGLE, INDEX, NATIVE = "model.safetensors", "model.safetensors.index.json", "params"
 HEAD, EMBED = TENSORS["head"][0], TENSORS["embed"][0]
-
-
-class Slot(NamedTuple):
-    """Where one stored tensor lives in our parameters."""
-
-    param: str
-    layer: int | EllipsisType  # index along the leading axis; `...` outside the layers
-    shape: tuple[int, ...]
-    input_axes: int
-
-    def stored_shape(self) -> tuple[int, ...]:
-        if not self.input_axes:
-            return self.shape
-        inputs, outputs = self.shape[: self.input_axes], self.shape[self.input_axes :]
-        return math.prod(outputs), math.prod(inputs)
-
-    def to_stored(self, x: np.ndarray) -> np.ndarray:
-        return x.reshape(self.stored_shape()[::-1]).T if self.input_axes else x
-
-    def from_stored(self, x: np.ndarray) -> np.ndarray:
-        return x.T.reshape(self.shape) if self.input_axes else x
+DTYPES = {"F32": jnp.float32, "BF16": jnp.bfloat16, "F16": jnp.float16}
 
 
 def load_config(path: str | os.PathLike) -> ModelConfig:
-    """Reads config.json of transformers 4 or 5; `num_tokens` becomes `vocab_size`.
+    """Reads config.json, see `architectures.from_json`.
 
     Raises:
       InputError: the folder or file is missing, or a field is missing, ill-typed or unsupported.
@@ -96,45 +43,41 @@ def load_config(path: str | os.PathLike) -> ModelConfig:
     file = Path(path) / "config.json"
     if not file.parent.is_dir():
         raise InputError(f"{file.parent}: no such model folder")
-    fields = _read_json(file)
-    _field(file, fields, "model_type", str)
-    for name, value in FIXED.items():
-        if fields.get(name) not in (None, value):
-            raise InputError(f"{file}: {name} is {fields[name]!r}, supported is {value!r}")
-    for kind in fields.get("layer_types") or ():
-        if kind != "full_attention":
-            raise InputError(f"{file}: layer_types has {kind!r}, supported is 'full_attention'")
-    sizes = {ours: _field(file, fields, name, kind) for ours, (name, kind) in FIELDS.items()}
-    if sizes["num_heads"] % sizes["num_kv_heads"]:
-        raise InputError(
-            f"{file}: num_attention_heads is {sizes['num_heads']}, expected a multiple of "
-            f"num_key_value_heads {sizes['num_kv_heads']}"
-        )
-    theta = _rope_theta(file, fields)
-    return ModelConfig(num_tokens=sizes["vocab_size"], rope_theta=theta, **sizes)
+    return architectures.from_json(file, read_json(file))
 
 
-def load(path: str | os.PathLike) -> tuple[Params, ModelConfig]:
-    """Reads a model; float16 and bfloat16 become float32.
+def load(
+    path: str | os.PathLike, mesh: Mesh | None = None, dtype: Any = jnp.float32
+) -> tuple[Params, ModelConfig]:
+    """Reads a model of either form, each tensor straight to where its devices need it.
+
+    All headers are checked before anything is allocated. The host then holds one tensor of one
+    layer at a time. On several hosts each reads all files and keeps what its own devices need.
 
     A tied model may still hold an `lm_head.weight`, as some public ones do, if it equals the
     embedding; we would not know which of two different ones is meant.
 
+    Args:
+      mesh: places the parameters as `sharding.of_state` says; None: on the default device.
+      dtype: of the result; None keeps the stored one.
+
     Raises:
-      InputError: as `load_config`; or a tensor is missing, unexpected, of another shape or type;
-        or a file is missing or not readable as safetensors.
+      InputError: as `load_config`; or a tensor is missing, unexpected, there twice, of another
+        shape or type; or a file is missing or not readable.
     """
     folder, config = Path(path), load_config(path)
-    shapes = flax.traverse_util.flatten_dict(param_shapes(config), sep="/")
-    params = {param: np.empty(shape, np.float32) for param, shape in shapes.items()}
-    slots = _slots(config)
+    if (folder / NATIVE).is_dir():
+        return _load_native(folder, config, mesh, dtype), config
+    slots = architectures.slots(config)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(_open(file)) for file in _weight_files(folder)]
-        stored = {name: file for file in files for name in file.keys()}
-        _check_tensors(folder, stored, slots, config)
-        for name, slot in slots.items():
-            params[slot.param][slot.layer] = slot.from_stored(stored[name].get_tensor(name))
-    return jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(params, sep="/")), config
+        files = {file: stack.enter_context(open_file(file)) for file in _weight_files(folder)}
+        owners = _owners(files)
+        _check_tensors(folder, owners, slots, config, dtype)
+        flat = {}
+        for param, placement in _placements(config, mesh).items():
+            tensors = {name: slot for name, slot in slots.items() if slot.param == param}
+            flat[param] = _read_param(tensors, owners, placement, dtype)
+    return unflatten_dict(flat, sep="/"), config
 
 
 def save(
@@ -143,134 +86,293 @@ def save(
     config: ModelConfig,
     *,
     eos_token_id: Sequence[int] | None,
+    max_shard_bytes: int = 2 * 10**9,
 ) -> None:
-    """Writes a model in float32, so that `load` and transformers open it.
+    """Writes a model in Hugging Face form and in the types that it has.
 
-    Each file is replaced as a whole and config.json comes last, so that a folder that was
-    interrupted while new has none. `config.num_tokens` has no field and is not written.
+    Files come under other names first and are renamed at the end, config.json last, so that a
+    folder that was interrupted while new has none. Other weights in the folder are removed.
+    `config.num_tokens` has no field and is not written. Every process of a run on several hosts
+    has to call this; the first one writes.
 
     Args:
       path: the folder, made if it is missing; other files in it stay.
       eos_token_id: ids that end a generation, for generation_config.json; None writes no such file.
+      max_shard_bytes: of a file, and so of what the host holds at a time; a larger tensor has a
+        file of its own.
 
     Raises:
-      InputError: the parameters do not have the shapes of `config`.
+      InputError: the parameters do not have the shapes of `config`, or no config.json describes it.
     """
-    if jax.tree.map(jnp.shape, params) != param_shapes(config):
-        raise InputError("params: their shapes are not those of the model config")
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    flat = {param: np.asarray(x, np.float32) for param, x in flat.items()}
-    # save_file writes the memory as it lies: a transposed view would come out scrambled.
-    tensors = {
-        name: np.ascontiguousarray(slot.to_stored(flat[slot.param][slot.layer]))
-        for name, slot in _slots(config).items()
-    }
-    _replace(
-        folder / "model.safetensors",
-        lambda file: save_file(tensors, file, metadata={"format": "pt"}),
-    )
-    if eos_token_id is not None:
-        _write_json(folder / "generation_config.json", {"eos_token_id": list(eos_token_id)})
-    _write_json(folder / "config.json", _config_fields(config))
+    folder, fields = _prepare(path, params, config, other=[NATIVE])
+    flat, slots = flatten_dict(params, sep="/"), architectures.slots(config)
+    sizes = {name: _num_bytes(flat[slot.param], slot) for name, slot in slots.items()}
+    shards, files = _split(sizes, max_shard_bytes), {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        files |= dict.fromkeys(names, file)
+        _write_shard(folder / f"{file}.tmp", flat, {name: slots[name] for name in names})
+    if jax.process_index() == 0:
+        _publish(folder, files, sum(sizes.values()))
+        _write_configs(folder, fields, eos_token_id)
 
 
-def _config_fields(config: ModelConfig) -> dict:
-    # theta and dtype twice: transformers 5 reads the first name, older readers the second.
-    return {
-        **FIXED,
-        **{name: getattr(config, ours) for ours, (name, _) in FIELDS.items()},
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rope_theta": config.rope_theta,
-        "dtype": "float32",
-        "torch_dtype": "float32",
-    }
+def save_native(
+    path: str | os.PathLike,
+    params: Params,
+    config: ModelConfig,
+    *,
+    eos_token_id: Sequence[int] | None,
+) -> None:
+    """Writes a model in our own form: each host the part that it has. Else as `save`."""
+    folder, fields = _prepare(path, params, config, other=[SINGLE, INDEX])
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((folder / NATIVE).absolute(), params, force=True)
+    if jax.process_index() == 0:
+        _write_configs(folder, fields, eos_token_id)
 
 
-def _rope_theta(file: Path, fields: dict) -> float:
-    # transformers 5: rope_parameters; before: rope_theta, and rope_scaling if positions are scaled.
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"{file}: rope_type is {kind!r}, supported is 'default'")
-    return _field(file, {**fields, **rope}, "rope_theta", float)
+def _placements(config: ModelConfig, mesh: Mesh | None) -> dict[str, NamedSharding | None]:
+    """Where each parameter goes; None is the default device."""
+    shapes = flatten_dict(param_shapes(config))
+    if mesh is None:
+        return dict.fromkeys(map("/".join, shapes))
+    arrays = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    return flatten_dict(sharding.of_state(unflatten_dict(arrays), mesh), sep="/")
 
 
-def _field(file: Path, fields: dict, name: str, kind: type):
-    if name not in fields:
-        raise InputError(f"{file}: {name} is missing")
-    value = fields[name]
-    if kind is float and type(value) is int:  # JSON writers drop the ".0"
-        value = float(value)
-    if type(value) is not kind:
-        raise InputError(f"{file}: {name} is {value!r}, expected {kind.__name__}")
-    if kind in (int, float) and not value > 0:
-        raise InputError(f"{file}: {name} is {value!r}, expected a positive {kind.__name__}")
-    return value
-
-
-def _slots(config: ModelConfig) -> dict[str, Slot]:
-    """Every tensor of such a model, by its stored name."""
-    slots = {}
-    for param, shape in flax.traverse_util.flatten_dict(param_shapes(config), sep="/").items():
-        name, input_axes = TENSORS[param]
-        if param.startswith("layers/"):
-            for layer in range(config.num_layers):
-                slots[name.format(layer)] = Slot(param, layer, shape[1:], input_axes)
-        else:
-            slots[name] = Slot(param, ..., shape, input_axes)
-    return slots
-
-
-def _check_tensors(folder: Path, stored: dict, slots: dict[str, Slot], config: ModelConfig):
-    if missing := sorted(slots.keys() - stored.keys()):
-        raise InputError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all)")
-    spare_head = {HEAD} & stored.keys() if config.tie_embeddings else set()
-    if unexpected := sorted(stored.keys() - slots.keys() - spare_head):
-        raise InputError(
-            f"{folder}: tensor {unexpected[0]} is not part of {FIXED['model_type']} "
-            f"({len(unexpected)} in all)"
+def _read_param(
+    tensors: Mapping[str, Slot],
+    owners: Mapping[str, Any],
+    placement: NamedSharding | None,
+    dtype: Any,
+) -> Array:
+    """One parameter from its tensors."""
+    (name, slot), *_ = tensors.items()
+    dtype = DTYPES[owners[name].get_slice(name).get_dtype()] if dtype is None else dtype
+    if slot.layer is ...:
+        # A copy, because on CPU the first array is the memory that was read into.
+        return jnp.array(_put(owners[name].get_tensor(name), slot, placement), dtype)
+    stack = _zeros((len(tensors), *slot.layout.shape), jnp.dtype(dtype), placement)
+    for name, slot in tensors.items():
+        # The tensor has no name here and is waited for, so that it is gone when the next is read.
+        stack = _write(
+            stack,
+            _put(owners[name].get_tensor(name), slot, placement),
+            slot.layer,
+            slot.layout,
+            placement,
         )
+        jax.block_until_ready(stack)
+    return stack
+
+
+def _put(x: np.ndarray, slot: Slot, placement: NamedSharding | None) -> Array:
+    """A tensor as it is stored, split as the parameter will be."""
+    if placement is None:
+        return jax.device_put(x)
+    if slot.layer is not ...:
+        axes = [*placement.spec, *[None] * 4][1:]
+        spec = PartitionSpec(*(axes[axis] for axis in slot.layout.leading_axes))
+        placement = NamedSharding(placement.mesh, spec)
+    return jax.make_array_from_callback(x.shape, placement, lambda index: x[index])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, placement: NamedSharding | None) -> Array:
+    return _placed(jnp.zeros(shape, dtype), placement)
+
+
+@partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _write(
+    stack: Array, x: Array, layer: Array, layout: Layout, placement: NamedSharding | None
+) -> Array:
+    x = layout.from_stored(x).astype(stack.dtype)
+    return _placed(jax.lax.dynamic_update_index_in_dim(stack, x, layer, axis=0), placement)
+
+
+def _placed(x: Array, placement: NamedSharding | None) -> Array:
+    return x if placement is None else jax.lax.with_sharding_constraint(x, placement)
+
+
+def _load_native(folder: Path, config: ModelConfig, mesh: Mesh | None, dtype: Any) -> Params:
+    path = (folder / NATIVE).absolute()
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = flatten_dict(param_shapes(config), sep="/")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = flatten_dict(checkpointer.metadata(path).item_metadata.tree, sep="/")
+            _check_same({n: x.shape for n, x in stored.items()}, shapes, f"{path}: parameter")
+            target = {
+                param: jax.ShapeDtypeStruct(
+                    shapes[param], dtype or stored[param].dtype, sharding=placement or device
+                )
+                for param, placement in _placements(config, mesh).items()
+            }
+            return checkpointer.restore(path, unflatten_dict(target, sep="/"))
+    except InputError:
+        raise
+    except Exception as error:  # orbax and its storage layers raise whatever they meet
+        raise InputError(f"{path}: not readable by orbax: {first_line(error)}") from error
+
+
+def _check_same(found: dict, expected: dict, what: str) -> None:
+    """Names and shapes agree."""
+    if missing := sorted(expected.keys() - found.keys()):
+        raise InputError(f"{what} {missing[0]} is missing ({len(missing)} in all)")
+    if unexpected := sorted(found.keys() - expected.keys()):
+        raise InputError(f"{what} {unexpected[0]} is not of this model ({len(unexpected)} in all)")
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise InputError(
+                f"{what} {name} has shape {tuple(found[name])}, expected {shape} from config.json"
+            )
+
+
+def _check_tensors(
+    folder: Path,
+    owners: Mapping[str, Any],
+    slots: Mapping[str, Slot],
+    config: ModelConfig,
+    dtype: Any,
+) -> None:
+    headers = {name: file.get_slice(name) for name, file in owners.items()}
+    found = {name: header.get_shape() for name, header in headers.items()}
+    if config.tie_embeddings:
+        found.pop(HEAD, None)
+    expected = {name: slot.layout.stored_shape for name, slot in slots.items()}
+    _check_same(found, expected, f"{folder}: tensor")
+    first = {}
     for name, slot in slots.items():
-        view = stored[name].get_slice(name)
-        if view.get_dtype() not in ("F32", "BF16", "F16"):
+        kind = headers[name].get_dtype()
+        if kind not in DTYPES:
+            raise InputError(f"{folder}: tensor {name} is {kind}, expected {' or '.join(DTYPES)}")
+        if dtype is None and kind != (usual := first.setdefault(slot.param, kind)):
             raise InputError(
-                f"{folder}: tensor {name} is {view.get_dtype()}, expected F32, BF16 or F16"
+                f"{folder}: tensor {name} is {kind}, expected {usual} as in the layers before it"
             )
-        if tuple(view.get_shape()) != slot.stored_shape():
+    if config.tie_embeddings and HEAD in owners:
+        head, embed = (owners[name].get_tensor(name) for name in (HEAD, EMBED))
+        if not np.array_equal(head, embed):
             raise InputError(
-                f"{folder}: tensor {name} has shape {tuple(view.get_shape())}, expected "
-                f"{slot.stored_shape()} from config.json"
-            )
-    for name in spare_head:
-        if not np.array_equal(stored[name].get_tensor(name), stored[EMBED].get_tensor(EMBED)):
-            raise InputError(
-                f"{folder}: tensor {name} differs from {EMBED}, expected the same as "
+                f"{folder}: tensor {HEAD} differs from {EMBED}, expected the same as "
                 "tie_word_embeddings is true"
             )
 
 
+def _owners(files: Mapping[Path, Any]) -> dict[str, Any]:
+    """The open file of every tensor."""
+    owners, paths = {}, {}
+    for path, file in files.items():
+        for name in file.keys():
+            if name in owners:
+                raise InputError(f"{path}: tensor {name} is also in {paths[name].name}")
+            owners[name], paths[name] = file, path
+    return owners
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / SINGLE, folder / INDEX
     if single.exists():
         return [single]
     if not index.exists():
-        raise InputError(f"{folder}: has neither {single.name} nor {index.name}")
-    shards = _field(index, _read_json(index), "weight_map", dict).values()
-    return [folder / shard for shard in sorted(set(shards))]
+        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}")
+    shards = architectures.field(index, read_json(index), "weight_map", dict).values()
+    return [folder / str(shard) for shard in sorted(set(shards), key=str)]
 
 
-def _open(file: Path) -> safe_open:
+def open_file(file: Path) -> Any:
+    """A safetensors file, opened for reading with numpy.
+
+    Raises:
+      InputError: the file is missing or not readable.
+    """
     try:
-        return safe_open(file, "np")
+        # Not mapped into memory: what was read of a mapped file counts as the process's own.
+        return safe_open(file, "np", backend="pread")
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: not readable as safetensors: {error}") from error
+        raise InputError(f"{file}: not readable as safetensors: {first_line(error)}") from error
 
 
-def _read_json(file: Path) -> dict:
+def _prepare(
+    path: str | os.PathLike, params: Params, config: ModelConfig, other: Sequence[str]
+) -> tuple[Path, dict]:
+    """The folder, made if it is missing, and the fields of its config.json."""
+    folder = Path(path)
+    if jax.tree.map(jnp.shape, params) != param_shapes(config):
+        raise InputError("params: their shapes are not those of the model config")
+    if in_the_way := [name for name in other if (folder / name).exists()]:
+        raise InputError(f"{folder}: holds a model of another form, {in_the_way[0]}")
+    fields = architectures.to_json(config, jnp.result_type(*jax.tree.leaves(params)).name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, fields
+
+
+def _num_bytes(param: Array, slot: Slot) -> int:
+    return math.prod(slot.layout.shape) * param.dtype.itemsize
+
+
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in their order, in groups of at most `limit` bytes or of one tensor."""
+    groups, room = [], 0
+    for name, size in sizes.items():
+        if size > room or not groups:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _write_shard(file: Path, flat: Mapping[str, Array], slots: Mapping[str, Slot]) -> None:
+    tensors = {name: _fetch(flat[slot.param], slot) for name, slot in slots.items()}
+    if jax.process_index() == 0:
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _fetch(param: Array, slot: Slot) -> np.ndarray:
+    """One tensor, on the host. A copy, because an array keeps what was once read from it."""
+    x = param.copy() if slot.layer is ... else _take(param, slot.layer, slot.layout)
+    if not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    # save_file writes the memory as it lies: a transposed view would come out scrambled.
+    return np.ascontiguousarray(x)
+
+
+@partial(jax.jit, static_argnums=2)
+def _take(stack: Array, layer: Array, layout: Layout) -> Array:
+    return layout.to_stored(stack[layer])
+
+
+def _publish(folder: Path, files: Mapping[str, str], num_bytes: int) -> None:
+    """Makes finished files the model's and removes those of an earlier one."""
+    names = set(files.values())
+    for name in names:
+        temporary = folder / f"{name}.tmp"
+        temporary.chmod(0o644)  # safetensors makes files that only their owner may read
+        temporary.replace(folder / name)
+    if len(names) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": files})
+        names.add(INDEX)
+    for old in [folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
+        if old.name not in names:
+            old.unlink(missing_ok=True)
+
+
+def _write_configs(folder: Path, fields: dict, eos_token_id: Sequence[int] | None) -> None:
+    if eos_token_id is not None:
+        write_json(folder / "generation_config.json", {"eos_token_id": list(eos_token_id)})
+    write_json(folder / "config.json", fields)
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+      InputError: the file is missing or holds something else.
+    """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -282,12 +384,13 @@ def _read_json(file: Path) -> dict:
     return value
 
 
-def _write_json(file: Path, fields: dict) -> None:
+def write_json(file: Path, fields: dict) -> None:
+    """Writes a JSON object; nobody reads half of it."""
     text = json.dumps(fields, indent=2) + "\n"
-    _replace(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     """Nobody reads half a file: it is written under another name, then renamed."""
     partial = file.with_name(file.name + ".tmp")
     write(partial)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_sd import model
+from jaxrl_sd import model, rope
 
 CONFIG = model.ModelConfig(
     vocab_size=32,
@@ -74,6 +74,8 @@ def rows():
 response_hidden = jax.jit(model.response_hidden, static_argnames="config")
 prefill = jax.jit(model.prefill, static_argnums=(3, 4, 5))
 decode = jax.jit(model.decode, static_argnames="config")
+init_params = jax.jit(model.init_params, static_argnums=1)
+init_adapter = jax.jit(model.init_adapter, static_argnums=1)
 
 
 def flat_hidden(params, rows, config=CONFIG, S=S, pad=PAD):
@@ -184,7 +186,7 @@ def test_rope_equals_float64():
     angle = positions[:, None, None] * theta ** (-np.arange(H // 2) * 2 / H)
     rotated = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(1j * angle)
     want = np.concatenate([rotated.real, rotated.imag], axis=-1)
-    got = model.rope(jnp.asarray(x, jnp.float32), jnp.asarray(positions), theta)
+    got = rope.rope(jnp.asarray(x, jnp.float32), jnp.asarray(positions), theta)
     np.testing.assert_allclose(got[:3], want[:3], rtol=0, atol=1e-5)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-2)
 
@@ -217,3 +219,98 @@ def test_random_init_has_the_stated_scales():
     norms = [params["layers"][f"{name}_norm"] for name in ("attn", "mlp", "q", "k")]
     assert all((norm == 1).all() for norm in [*norms, params["final_norm"]])
     assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+
+
+def test_random_biases_are_zero():
+    config = dataclasses.replace(CONFIG, biases=("q", "o", "down"), qk_norm=False)
+    layers = init_params(jax.random.key(0), config)["layers"]
+    shapes = {"q_bias": (2, 4, 6), "o_bias": (2, 16), "down_bias": (2, 16)}
+    assert {name: x.shape for name, x in layers.items() if "bias" in name} == shapes
+    assert all((layers[name] == 0).all() for name in shapes)
+    assert "q_norm" not in layers and "k_norm" not in layers
+
+
+# Low-rank adapters.
+
+LORA = dataclasses.replace(CONFIG, lora=model.Lora(3, 6.0, tuple(model.LINEAR)))
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    rng = np.random.default_rng(3)
+
+    def draw(shape):
+        return jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
+
+    return jax.tree.map(draw, model.adapter_shapes(LORA), is_leaf=lambda x: isinstance(x, tuple))
+
+
+@pytest.mark.parametrize("targets", [*model.LINEAR, tuple(model.LINEAR)], ids=str)
+def test_an_adapter_equals_its_merged_weights(params, adapter, rows, targets):
+    targets = targets if isinstance(targets, tuple) else (targets,)
+    config = dataclasses.replace(CONFIG, lora=model.Lora(3, 6.0, targets))
+    shapes = model.adapter_shapes(config)
+    adapter = {"layers": {name: adapter["layers"][name] for name in shapes["layers"]}}
+    got = flat_hidden(model.join(params, adapter), rows, config)
+    merged = model.merge(params, adapter, config)
+    assert jax.tree.map(jnp.shape, merged) == model.param_shapes(config)
+    np.testing.assert_allclose(got, flat_hidden(merged, rows), rtol=0, atol=2e-5)
+    assert jnp.abs(got - flat_hidden(params, rows)).max() > 0.1
+
+
+@pytest.mark.parametrize("name", model.LINEAR)
+def test_linear_equals_float64(params, adapter, name):
+    """x (W + 6 / 3 A B) + bias, of one layer."""
+    layer = {key: x[1] for key, x in model.join(params, adapter)["layers"].items()}
+    inputs = model.LINEAR[name]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, *layer[name].shape[:inputs]))
+    layer[f"{name}_bias"] = jnp.asarray(rng.standard_normal(layer[name].shape[inputs:]))
+    w, bias, a, b = (
+        np.asarray(layer[f"{name}{end}"], np.float64) for end in ("", "_bias", "_a", "_b")
+    )
+    want = np.tensordot(x, w + 2 * np.tensordot(a, b, 1), inputs) + bias
+    got = model.linear(jnp.asarray(x, jnp.float32), layer, name, LORA)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    half = {key: value.astype(jnp.bfloat16) for key, value in layer.items() if key == name}
+    low = {key: value for key, value in layer.items() if key[-2:] in ("_a", "_b")}
+    assert model.linear(jnp.asarray(x, jnp.bfloat16), half | low, name, LORA).dtype == jnp.bfloat16
+
+
+def test_a_new_adapter_changes_nothing(params, rows):
+    adapter = init_adapter(jax.random.key(0), LORA)
+    assert jax.tree.map(jnp.shape, adapter) == model.adapter_shapes(LORA)
+    assert {x.dtype for x in jax.tree.leaves(adapter)} == {np.dtype(np.float32)}
+    got = flat_hidden(model.join(params, adapter), rows, LORA)
+    np.testing.assert_allclose(got, flat_hidden(params, rows), rtol=0, atol=1e-5)
+
+
+def test_a_new_adapter_has_the_stated_scales():
+    config = dataclasses.replace(LORA, lora=model.Lora(64, 128.0, tuple(model.LINEAR)))
+    layers = init_adapter(jax.random.key(0), config)["layers"]
+    fan_in = {"q": 16, "k": 16, "v": 16, "o": 24, "gate": 16, "up": 16, "down": 24}
+    for name, inputs in fan_in.items():
+        a, bound = layers[f"{name}_a"], inputs**-0.5
+        assert 0.98 * bound < jnp.abs(a).max() <= bound
+        np.testing.assert_allclose(a.std(), bound / 3**0.5, rtol=0.05)
+        assert (layers[f"{name}_b"] == 0).all()
+    assert (layers["q_a"] != layers["k_a"]).any()
+
+
+def test_merged_weights_are_rounded_once(params, adapter):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    merged = model.merge(half, adapter, LORA)
+    assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+    for name in model.LINEAR:
+        w = np.asarray(half["layers"][name], np.float64)
+        a, b = (np.asarray(adapter["layers"][f"{name}_{end}"], np.float64) for end in "ab")
+        want = w + 2 * np.stack([np.tensordot(*ab, 1) for ab in zip(a, b, strict=True)])
+        error = np.abs(np.asarray(merged["layers"][name], np.float64) - want)
+        assert (error <= 2.0**-8 * np.abs(want) * 1.001 + 1e-7).all()
+
+
+def test_join_takes_the_leaves_of_both():
+    base, adapter = {"embed": 1, "layers": {"q": 2}}, {"layers": {"q_a": 3, "q_b": 4}}
+    assert model.join(base, adapter) == {"embed": 1, "layers": {"q": 2, "q_a": 3, "q_b": 4}}
+    assert model.join(base, {}) == base and model.join({}, adapter) == adapter
+    assert base == {"embed": 1, "layers": {"q": 2}}

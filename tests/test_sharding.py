@@ -1,5 +1,7 @@
 """Where arrays live: one table, nothing split twice, copies of parameters split like them."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,11 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_sd import model, sharding
 from jaxrl_sd.methods import METHODS
-from jaxrl_sd.model import ModelConfig
+from jaxrl_sd.model import LINEAR, Lora, ModelConfig
 from jaxrl_sd.sampler import SamplingConfig, sample
 from jaxrl_sd.types import InputError
 from jaxrl_sd.update import init_state
+from jaxrl_sd.vocabulary import STUDENT
 
 CONFIG = ModelConfig(20, 18, 16, 24, 2, 4, 2, 4, 1e4, 1e-6, False)
 
@@ -23,13 +26,28 @@ def mesh():
 
 
 def test_every_matrix_has_its_axes_and_none_is_split_twice():
-    shapes = model.param_shapes(CONFIG)
-    named = {**shapes["layers"], **{k: v for k, v in shapes.items() if k != "layers"}}
+    lora = Lora(3, 6.0, tuple(LINEAR))
+    config = replace(CONFIG, biases=tuple(LINEAR), lora=lora)
+    shapes = model.param_shapes(config)
+    named = {**shapes.pop("layers"), **shapes, **model.adapter_shapes(config)["layers"]}
     matrices = {name: shape for name, shape in named.items() if not name.endswith("norm")}
     assert matrices.keys() == sharding.PARAM_AXES.keys()
     for name, axes in sharding.PARAM_AXES.items():
         assert len(axes) == len(matrices[name])
         assert len(sharding.mesh_axes(axes)) == len(axes)
+
+
+def test_biases_and_adapters_are_split_like_their_weights(mesh):
+    config = replace(CONFIG, biases=("q", "o", "down"), lora=Lora(4, 8.0, ("q", "o", "down")))
+    shapes = model.join(model.param_shapes(config), model.adapter_shapes(config))["layers"]
+    arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
+    specs = {name: tuple(s.spec) for name, s in sharding.of_state(arrays, mesh).items()}
+    assert (specs["q"], specs["q_bias"]) == ((None, "fsdp", "tensor"), (None, "tensor"))
+    assert (specs["q_a"], specs["q_b"]) == ((None, "fsdp"), (None, None, "tensor"))
+    for name in ("o", "down"):
+        assert specs[name][1] == "tensor" and specs[name][-1] == "fsdp"
+        assert specs[f"{name}_bias"] == (None, "fsdp")
+        assert (specs[f"{name}_a"], specs[f"{name}_b"]) == ((None, "tensor"), (None, None, "fsdp"))
 
 
 def test_a_collision_is_refused():
@@ -44,7 +62,7 @@ def test_too_many_devices_are_refused():
 
 def test_moments_and_teachers_are_split_like_the_parameters(mesh):
     params = model.init_params(jax.random.key(0), CONFIG)
-    state = init_state({None: params}, optax.adamw(1e-3), METHODS["rlsd"]().teachers, seed=0)
+    state = init_state(params, {STUDENT: {}}, optax.adamw(1e-3), METHODS["rlsd"]().teachers, seed=0)
     specs = jax.tree.map(lambda s: s.spec, sharding.of_state(state, mesh))
     assert specs.params["layers"]["q"] == PartitionSpec(None, "fsdp", "tensor")
     assert specs.params["layers"]["down"] == PartitionSpec(None, "tensor", "fsdp")

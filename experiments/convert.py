@@ -1,0 +1,101 @@
+"""Writes a model, or what a training run has, in another form, type or shard size.
+
+    python -m experiments.convert --input=/models/Qwen3-8B --output=/models/qwen3-8b --format=orbax
+    python -m experiments.convert --input=/models/qwen3-8b --output=/models/again --dtype=bfloat16
+    python -m experiments.convert --input=/models/Qwen3-8B --adapter=lora --output=/models/merged
+    python -m experiments.convert --input=runs/cast_8b --step=200 --output=lora --format=peft
+
+Forms: `huggingface` (sharded safetensors, opened by transformers), `orbax` (our own, of which each
+host of a pod reads its own part) and `peft` (the adapter alone). The input is a model in one of the
+first two, with an adapter of the third or without, or a run's folder. An adapter is merged into the
+first two. The tokenizer is copied along.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from jaxrl_sd import adapters, policies, sharding, weights
+from jaxrl_sd.policies import Policy
+from jaxrl_sd.types import InputError
+
+INPUT = flags.DEFINE_string("input", None, "Folder of a model or of a run.", required=True)
+ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter to the model.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint of the run, the newest by default.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write, new or empty.", required=True)
+FORMAT = flags.DEFINE_enum(
+    "format", "huggingface", ["huggingface", "orbax", "peft"], "Form to write."
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "stored", ["stored", "float32", "bfloat16"], "Type of the parameters written."
+)
+MAX_SHARD_GB = flags.DEFINE_float(
+    "max_shard_gb", 2.0, "Size of a file of --format=huggingface, in 10^9 bytes.", lower_bound=0.0
+)
+
+# What else belongs to a model, beside config.json and the weights.
+COMPANIONS = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "generation_config.json"),
+)
+
+
+def read(source: Path, adapter: Path | None, step: int | None, dtype: str) -> Policy:
+    """The policy in a folder, split over all devices.
+
+    Raises:
+      InputError: it cannot be read, or the flags are not for such an input.
+    """
+    mesh = sharding.make_mesh(data=1, fsdp=jax.device_count(), tensor=1)
+    if (source / "checkpoints").is_dir():
+        if adapter is not None:
+            raise InputError(f"--adapter: {source} is a run, expected a model")
+        return policies.of_run(source, step, mesh)
+    if step is not None:
+        raise InputError(f"--step: {source} is a model, expected a run")
+    return policies.of_model(source, adapter, mesh, None if dtype == "stored" else dtype)
+
+
+def write(target: Path, policy: Policy, form: str, dtype: str, max_shard_bytes: int) -> None:
+    """Writes a policy and its tokenizer.
+
+    Raises:
+      InputError: there is no adapter to write.
+    """
+    if form == "peft":
+        if policy.adapter is None:
+            raise InputError("--format=peft: the input has no adapter")
+        adapters.save(target, policy.adapter, policy.config, base=str(policy.folder))
+        return
+    params = policy.merged()
+    if dtype != "stored":
+        params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    if form == "orbax":
+        weights.save_native(target, params, policy.config, eos_token_id=None)
+    else:
+        limit = {"max_shard_bytes": max_shard_bytes}
+        weights.save(target, params, policy.config, eos_token_id=None, **limit)
+    for file in sorted({f for pattern in COMPANIONS for f in policy.folder.glob(pattern)}):
+        if file.is_file() and jax.process_index() == 0:
+            shutil.copyfile(file, target / file.name)
+
+
+def main(_) -> None:
+    logging.set_verbosity(logging.ERROR)  # orbax reports each file it writes
+    source, target, adapter = Path(INPUT.value), Path(OUTPUT.value), ADAPTER.value
+    try:
+        if target.is_dir() and any(target.iterdir()):
+            raise InputError(f"--output: {target} is not empty")
+        policy = read(source, adapter and Path(adapter), STEP.value, DTYPE.value)
+        limit = int(MAX_SHARD_GB.value * 10**9)
+        write(target, policy, FORMAT.value, DTYPE.value, limit)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{source} -> {target}")
+
+
+if __name__ == "__main__":
+    app.run(main)

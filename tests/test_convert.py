@@ -1,0 +1,142 @@
+"""experiments/convert.py: nothing of a model is lost on the way through either form."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from small_run import small_config
+
+from experiments.convert import read, write
+from jaxrl_sd import adapters, weights
+from jaxrl_sd import config as configuration
+from jaxrl_sd.model import Lora, init_adapter, merge
+from jaxrl_sd.train import train
+from jaxrl_sd.types import InputError
+
+
+def convert(source, target, form="huggingface", dtype="stored", limit=10**9, **of_input):
+    settings = {"adapter": None, "step": None, **of_input}
+    write(target, read(source, dtype=dtype, **settings), form, dtype, limit)
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TINY = Path(configuration.TINY_MODEL)
+
+
+def tensors(folder):
+    return {name: x for file in folder.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+def assert_same_tensors(got, want):
+    assert got.keys() == want.keys()
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype
+        np.testing.assert_array_equal(got[name], x)
+
+
+@pytest.mark.parametrize("name", ["untied_bfloat16_shards", "llama3", "qwen2_yarn"])
+def test_there_and_back_is_exact(tmp_path, name):
+    convert(FIXTURES / name, tmp_path / "native", "orbax", "stored", 10**9)
+    convert(tmp_path / "native", tmp_path / "back", "huggingface", "stored", 10**4)
+    assert_same_tensors(tensors(tmp_path / "back"), tensors(FIXTURES / name))
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    assert weights.load_config(tmp_path / "back") == weights.load_config(FIXTURES / name)
+
+
+def test_type_and_companions(tmp_path):
+    convert(TINY, tmp_path / "half", "huggingface", "bfloat16", 10**9)
+    got, _ = weights.load(tmp_path / "half", dtype=None)
+    want, _ = weights.load(TINY, dtype=jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert {x.dtype for x in jax.tree.leaves(got)} == {jnp.dtype(jnp.bfloat16)}
+    for file in TINY.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            assert (tmp_path / "half" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("form", ["huggingface", "orbax"])
+def test_an_adapter_is_merged(tmp_path, form):
+    params, config = weights.load(TINY)
+    config = replace(config, lora=Lora(2, 3.0, ("v", "down")))
+    adapter = init_adapter(jax.random.key(0), config)
+    adapter = jax.tree.map(lambda x: x + 0.1, adapter)
+    adapters.save(tmp_path / "adapter", adapter, config, base=str(TINY))
+    convert(TINY, tmp_path / "out", form, adapter=tmp_path / "adapter")
+    got, _ = weights.load(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, got, merge(params, adapter, config))
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_a_run_had_at_a_step(tmp_path, rank):
+    config = small_config(tmp_path / "run", lora__rank=rank, checkpoint__every=1)
+    config.steps = 2
+    train(config)
+    half = config.copy_and_resolve_references()
+    half.output_dir, half.steps = str(tmp_path / "half"), 1
+    train(half)
+    convert(tmp_path / "run", tmp_path / "last")
+    convert(tmp_path / "run", tmp_path / "first", step=1)
+    for name, model in (("last", "run/model"), ("first", "half/model")):
+        got, want = tensors(tmp_path / name), tensors(tmp_path / model)
+        assert got.keys() == want.keys()
+        # Merged over 8 devices and on one: the same sums, rounded in another order.
+        for tensor, x in want.items():
+            np.testing.assert_allclose(got[tensor], x, rtol=0, atol=1e-7 if rank else 0.0)
+    with pytest.raises(
+        InputError, match=r"--step: .* has checkpoints of the steps \[1, 2\], got 9"
+    ):
+        convert(tmp_path / "run", tmp_path / "none", step=9)
+    if rank:
+        convert(tmp_path / "run", tmp_path / "adapter", "peft")
+        assert_same_tensors(tensors(tmp_path / "adapter"), tensors(tmp_path / "run/adapter"))
+
+
+def test_a_run_over_a_model_that_changed_is_refused(tmp_path):
+    model = shutil.copytree(TINY, tmp_path / "model")
+    config = small_config(tmp_path / "run", lora__rank=2, model__path=str(model))
+    config.steps = 1
+    train(config)
+    params, of_model = weights.load(model)
+    params["final_norm"] = params["final_norm"].at[0].add(1e-6)
+    weights.save(model, params, of_model, eos_token_id=None)
+    with pytest.raises(InputError, match="the weights are not those that the run in"):
+        convert(tmp_path / "run", tmp_path / "out")
+
+
+def test_flags_that_do_not_fit_the_input_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--step: .* is a model, expected a run"):
+        convert(TINY, tmp_path / "out", step=1)
+    with pytest.raises(InputError, match="--format=peft: the input has no adapter"):
+        convert(TINY, tmp_path / "out", "peft")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match=r"--adapter: .* is a run, expected a model"):
+        convert(tmp_path, tmp_path / "out", adapter=TINY)
+
+
+def test_command_line(tmp_path):
+    source = shutil.copytree(TINY, tmp_path / "source")
+    command = [sys.executable, "-m", "experiments.convert", f"--input={source}"]
+    run = [*command, f"--output={tmp_path / 'out'}", "--max_shard_gb=0.0001"]
+    subprocess.run(run, check=True, capture_output=True, cwd=TINY.parents[2])
+    assert_same_tensors(tensors(tmp_path / "out"), tensors(TINY))
+    assert (tmp_path / "out" / weights.INDEX).exists()
+    (source / "model.safetensors").write_bytes(b"x" * 100)
+    for name, message in (("out", "is not empty"), ("bad", "not readable as safetensors")):
+        failed = subprocess.run(
+            [*command, f"--output={tmp_path / name}"],
+            capture_output=True,
+            text=True,
+            cwd=TINY.parents[2],
+        )
+        assert failed.returncode == 1
+        assert failed.stderr.splitlines()[-1].startswith("error: ")
+        assert message in failed.stderr
+        assert "Traceback" not in failed.stderr
