@@ -1,21 +1,32 @@
 """Saves and restores everything that a run needs to continue: state and position, with orbax.
 
 Saves are asynchronous and atomic: a checkpoint that was interrupted is not seen by `restore`.
+Weights that are never trained are not saved but recognised: they are read from where they were.
 """
 
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxrl_sd.types import InputError, first_line
+from jaxrl_sd.types import InputError, Params, first_line
 from jaxrl_sd.update import State
 
 
 def manager(folder: Path, keep: int) -> ocp.CheckpointManager:
     """The checkpoints in `folder`, of which the newest `keep` are kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def reader(folder: Path) -> ocp.CheckpointManager:
+    """The checkpoints in `folder`, which a run may be writing at the same time."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
@@ -33,11 +44,16 @@ def save(
       config: of the run, as plain data.
       seconds: spent so far, by phase.
     """
-    meta = {"config": config, "position": position, "seconds": dict(seconds)}
+    meta = {
+        "config": config,
+        "position": position,
+        "seconds": dict(seconds),
+        "frozen": sorted(map(fingerprint, state.frozen.values())),
+    }
     checkpoints.save(
         int(state.step),
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(state.replace(frozen={})),
             meta=ocp.args.JsonSave(meta),
         ),
     )
@@ -49,7 +65,7 @@ def restore(
     """State, position and seconds of the newest checkpoint, or None if there is none.
 
     Args:
-      like: a state of the same shapes, types and shardings.
+      like: a state of the same shapes, types and shardings, with the same frozen weights.
       config: of the run that wants to continue.
       folder: of the run, for the message.
 
@@ -60,10 +76,11 @@ def restore(
     step = checkpoints.latest_step()
     if step is None:
         return None
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like.replace(frozen={}))
     try:
-        meta = checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        _check_same_run(meta["config"], config, folder)
+        meta = read_meta(checkpoints, step)
+        check_same_run(meta["config"], config, folder, FREE)
+        _check_same_weights(meta["frozen"], like, folder)
         restored = checkpoints.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
         )
@@ -74,31 +91,76 @@ def restore(
             f"output_dir: checkpoint {step} in {folder} cannot be read or is of another model "
             f"({first_line(error)}); remove it to continue from an earlier one"
         ) from error
-    return restored.state, meta["position"], meta["seconds"]
+    state = restored.state.replace(frozen=like.frozen)
+    return state, meta["position"], meta["seconds"]
+
+
+def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What `save` writes beside the state: "config", "position", "seconds" and "frozen"."""
+    return checkpoints.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
+def read_params(checkpoints: ocp.CheckpointManager, step: int, like: Params) -> Params:
+    """What was trained, without the rest of the state; `like` has its shapes and shardings."""
+    item = {"params": like}
+    only = ocp.args.PyTreeRestore(
+        item=item,
+        partial_restore=True,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+    )
+    return checkpoints.restore(step, args=ocp.args.Composite(state=only)).state["params"]
+
+
+def fingerprint(params: Params) -> int:
+    """A number that tells weights apart, the same on every mesh: checksums in integers."""
+    sums = jax.device_get(
+        jax.jit(lambda tree: [_bit_sum(x) for x in jax.tree.leaves(tree)])(params)
+    )
+    return zlib.crc32(np.array(sums, np.uint32).tobytes())
+
+
+def _bit_sum(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return bits.sum(dtype=jnp.uint32)
+
+
+def _check_same_weights(old: list[int], like: State, folder: Path) -> None:
+    if old != sorted(map(fingerprint, like.frozen.values())):
+        paths = ", ".join(path or "model.path" for path in like.frozen)
+        raise InputError(
+            f"output_dir: {folder} holds a run with other weights than these in {paths}, which it "
+            f"does not train and so did not save"
+        )
 
 
 # A run may go on for longer, from another folder, with other workers, other limits and saves.
 FREE = (
-    *("steps", "output_dir", "model.path", "rollout.max_rounds"),
+    *("steps", "output_dir", "model.path", "method.teacher", "rollout.max_rounds"),
     *("verifier.workers", "checkpoint.every", "checkpoint.keep"),
 )
 
 
-def _check_same_run(old: dict, new: dict, folder: Path) -> None:
-    old, new = _flat(old), _flat(new)
-    for field in sorted(old.keys() | new.keys()):
-        if field not in FREE and old.get(field) != new.get(field):
+def check_same_run(old: dict, new: dict, folder: Path, free: Sequence[str] = ()) -> None:
+    """What is in `folder` can be continued with these settings.
+
+    Raises:
+      InputError: naming the first setting, but for those that are free to change, that differs.
+    """
+    old, new = flat(old), flat(new)
+    for field in {**new, **old}:
+        if field not in free and old.get(field) != new.get(field):
             raise InputError(
                 f"output_dir: {folder} holds a run with {field} = {old.get(field)!r}, "
                 f"got {new.get(field)!r}; choose another folder"
             )
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
     out = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
             out[prefix + key] = value
     return out

@@ -23,10 +23,13 @@ import optax
 from ml_collections import ConfigDict
 
 from jaxrl_sd import contexts, countdown
+from jaxrl_sd.data import COLUMNS
 from jaxrl_sd.methods import METHODS, PRESETS, Method
 from jaxrl_sd.methods.base import IMPORTANCE, Verdicts, add_importance_weight
-from jaxrl_sd.tokens import Template, is_text
+from jaxrl_sd.model import LINEAR, Lora
+from jaxrl_sd.tokens import TEXTS, Template, is_text
 from jaxrl_sd.types import InputError, first_line
+from jaxrl_sd.verify import VERIFIERS
 
 TINY_MODEL = str(Path(__file__).parent / "assets" / "tiny")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -41,10 +44,23 @@ def default() -> ConfigDict:
     config.method = ConfigDict({"name": "rlsd"})
     config.model = ConfigDict({"path": TINY_MODEL})  # a folder in Hugging Face format
 
+    config.lora = ConfigDict()  # low-rank adapters in place of training all weights
+    config.lora.rank = 0  # 0: none
+    config.lora.alpha = 128.0  # they are scaled by alpha / rank
+    config.lora.targets = tuple(f"{name}_proj" for name in LINEAR)
+
+    config.thinking = ConfigDict()  # `enable_thinking` of the chat template
+    config.thinking.student = True
+    config.thinking.teacher = True  # where it is shown something
+
     config.data = ConfigDict()
-    config.data.train = "countdown"  # or a JSON-lines file
+    config.data.train = "countdown"  # or a file, a folder or a data set of the hub: data.load
     config.data.test = "countdown"
-    config.data.num_train = 4096  # problems; 0 is all of a file
+    config.data.train_subset, config.data.train_split = "", "train"  # of a data set of the hub
+    config.data.test_subset, config.data.test_split = "", "test"
+    config.data.columns = ConfigDict(dict.fromkeys(COLUMNS, ""))  # "": found by its usual names
+    config.data.verifier = "math"  # of rows that name none
+    config.data.num_train = 4096  # problems; 0 is all of a data set
     config.data.num_test = 256
     config.data.seed = 0  # of generated problems; `seed` only orders them
     config.data.suffix = ""  # ends every prompt, for instance with the form of the answer
@@ -59,6 +75,7 @@ def default() -> ConfigDict:
     config.rollout.temperature = 1.0
     config.rollout.top_k = 0  # 0: the whole vocabulary
     config.rollout.top_p = 1.0
+    config.rollout.presence_penalty = 0.0  # off the logits of tokens that the response has
     config.rollout.max_rounds = 10  # of P prompts a step, for methods that drop groups
 
     config.optimizer = ConfigDict()  # AdamW
@@ -91,6 +108,12 @@ def default() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # steps
     config.checkpoint.keep = 2
+
+    config.reward = ConfigDict()  # without functions, each problem's verifier decides
+    config.reward.functions = ()  # "file.py:name" or "module:name", called as TRL calls them
+    config.reward.weights = ()  # of the functions; all 1 where empty
+    config.reward.correct_above = 0.5  # weighted sums of rewards above it count as correct
+    config.reward.timeout_s = 600.0  # for one function on one batch
 
     config.verifier = ConfigDict()
     config.verifier.workers = 2  # processes
@@ -129,6 +152,8 @@ def override(config: ConfigDict, field: str, text: str) -> None:
         value = text if isinstance(config.get(key), str) else ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         value = text
+    if isinstance(config.get(key), tuple) and not isinstance(value, tuple | list):
+        value = (value,)
     with config.ignore_type():  # an int still becomes a float where the setting is one
         config[key] = value
 
@@ -141,9 +166,8 @@ def check(config: ConfigDict) -> Method:
         hyper-parameter that does not exist, a group too small for the method, or an output folder
         that cannot be written.
     """
-    _check_keys(config.to_dict(), default().to_dict(), prefix="")
-    _check_templates(config)
-    _check_ranges(config)
+    check_settings(config)
+    _check_sizes(config)
     method = _method(config)
     group_size = config.rollout.group_size
     if group_size < method.min_group_size:
@@ -152,10 +176,22 @@ def check(config: ConfigDict) -> Method:
             f"at least {method.min_group_size}, got {group_size}"
         )
     _check_grading(config, method)
-    _check_writable(Path(config.output_dir))
+    check_writable(Path(config.output_dir))
     if config.importance.level == "none":
         return method
     return add_importance_weight(method, **config.importance)
+
+
+def check_settings(config: ConfigDict) -> None:
+    """What every program needs of a configuration, whether or not it trains.
+
+    Raises:
+      InputError: an unknown key, or a value of the wrong type or out of range.
+    """
+    _check_keys(config.to_dict(), default().to_dict(), prefix="")
+    _check_templates(config)
+    _check_ranges(config)
+    _check_rewards(config)
 
 
 FREE_FORM = ("method", "templates")  # keys are not those of `default()`
@@ -219,17 +255,15 @@ def _check_templates(config: ConfigDict) -> None:
         if not isinstance(fields, Mapping):
             raise InputError(f"templates.{name}: expected user, system or tail, got {fields!r}")
         for field, text in fields.items():
-            if field not in Template._fields:
-                raise InputError(
-                    f"templates.{name}.{field}: unknown, expected one of {Template._fields}"
-                )
+            if field not in TEXTS:
+                raise InputError(f"templates.{name}.{field}: unknown, expected one of {TEXTS}")
             _check_type(f"templates.{name}.{field}", text, str)
-            known = {"problem", *_slots("".join(contexts.TEMPLATES[name]))}
+            known = {"problem", *_slots(contexts.TEMPLATES[name].text())}
             for slot in _slots(text) - known:
                 raise InputError(
                     f"templates.{name}.{field}: unknown slot {{{slot}}}, expected {sorted(known)}"
                 )
-        if "problem" not in _slots("".join(Template(**fields))):
+        if "problem" not in _slots(Template(**fields).text()):
             raise InputError(f"templates.{name}: expected the slot {{problem}}, got {fields}")
 
 
@@ -255,22 +289,41 @@ def _check_ranges(config: ConfigDict) -> None:
     )
     for field in at_least_1:
         _expect(config, field, lambda x: x >= 1, "at least 1")
-    for field in ("seed", "data.seed", "data.num_train", "data.num_test", "rollout.top_k"):
+    for field in (
+        *("seed", "data.seed", "data.num_train", "data.num_test", "rollout.top_k", "lora.rank"),
+    ):
         _expect(config, field, lambda x: x >= 0, "at least 0")
     _expect(config, "output_dir", lambda x: x != "", "a folder")
-    for field in ("optimizer.learning_rate", "optimizer.clip_norm", "verifier.timeout_s"):
+    for field in (
+        *("optimizer.learning_rate", "optimizer.clip_norm", "verifier.timeout_s", "lora.alpha"),
+    ):
         _expect(config, field, lambda x: x > 0, "more than 0")
     for field in ("optimizer.b1", "optimizer.b2"):
         _expect(config, field, lambda x: 0 <= x < 1, "in [0, 1)")
     _expect(config, "seed", lambda x: x < 2**32, "less than 2**32")
     _expect(config, "optimizer.warmup_steps", lambda x: x >= 0, "at least 0")
     _expect(config, "optimizer.eps", lambda x: x > 0, "more than 0")
-    _expect(config, "rollout.temperature", lambda x: x > 0, "more than 0: RL needs sampling")
+    _expect(config, "rollout.temperature", lambda x: x >= 0, "at least 0")
     _expect(config, "rollout.top_p", lambda x: 0 < x <= 1, "in (0, 1]")
+    names = {f"{name}_proj" for name in LINEAR}
+    _expect(
+        config,
+        "lora.targets",
+        lambda x: 0 < len(x) == len(set(x)) and set(x) <= names,
+        f"some of {sorted(names)}, each once",
+    )
     _expect(config, "optimizer.schedule", lambda x: x in SCHEDULES, f"one of {SCHEDULES}")
+    _expect(config, "data.verifier", lambda x: x in VERIFIERS, f"one of {sorted(VERIFIERS)}")
     levels = ("none", *IMPORTANCE)
     _expect(config, "importance.level", lambda x: x in levels, f"one of {levels}")
     _expect(config, "importance.cap", lambda x: x > 0, "more than 0")
+    split = config.mesh.data * config.mesh.fsdp
+    _expect(config, "rollout.prompts", lambda x: x % split == 0, f"a multiple of {split} devices")
+
+
+def _check_sizes(config: ConfigDict) -> None:
+    """What only training asks of a batch."""
+    _expect(config, "rollout.temperature", lambda x: x > 0, "more than 0: RL needs sampling")
     prompts, parts = config.rollout.prompts, config.optimizer.mini_batches
     _expect(
         config,
@@ -280,8 +333,25 @@ def _check_ranges(config: ConfigDict) -> None:
     )
     rows = prompts // parts * config.rollout.group_size
     _expect(config, "compute.micro_batches", lambda x: rows % x == 0, f"a divisor of {rows} rows")
-    split = config.mesh.data * config.mesh.fsdp
-    _expect(config, "rollout.prompts", lambda x: x % split == 0, f"a multiple of {split} devices")
+
+
+def _check_rewards(config: ConfigDict) -> None:
+    c = config.reward
+    for target in c.functions:
+        if not isinstance(target, str) or not re.fullmatch(r".+:[^\W\d]\w*", target):
+            raise InputError(
+                f"reward.functions: expected 'file.py:name' or 'module:name', got {target!r}"
+            )
+    names = [target.rpartition(":")[2] for target in c.functions]
+    if len(set(names)) < len(names):
+        raise InputError(f"reward.functions: expected different names, got {names}")
+    for weight in c.weights:
+        _check_type("reward.weights", weight, float)
+    if c.weights and len(c.weights) != len(names):
+        raise InputError(
+            f"reward.weights: expected {len(names)} numbers, one a function, got {c.weights}"
+        )
+    _expect(config, "reward.timeout_s", lambda x: x > 0, "more than 0")
 
 
 def _expect(config: ConfigDict, field: str, holds, expected: str) -> None:
@@ -319,7 +389,13 @@ def _check_grading(config: ConfigDict, method: Method) -> None:
     """Lets the method grade a made-up group, so that it can refuse the run's lengths."""
     G, nothing = config.rollout.group_size, np.zeros(config.rollout.group_size, int)
     verdicts = Verdicts(
-        nothing > 0, nothing == 0, nothing, nothing > 0, G, config.rollout.max_response
+        correct=nothing > 0,
+        graded=nothing == 0,
+        score=nothing.astype(float),
+        length=nothing,
+        truncated=nothing > 0,
+        group_size=G,
+        max_length=config.rollout.max_response,
     )
     try:
         method.grade(verdicts)
@@ -327,7 +403,8 @@ def _check_grading(config: ConfigDict, method: Method) -> None:
         raise InputError(f"method.{error}") from error
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """`output_dir` exists, or is made, and can be written; InputError otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -340,9 +417,24 @@ def _check_writable(folder: Path) -> None:
 
 
 def templates(config: ConfigDict) -> dict[str, Template]:
-    """The default templates with those of the configuration in their place."""
+    """The default templates with those of the configuration in their place.
+
+    Only "nothing" is a prompt of the student's; teachers that are shown nothing have it too.
+    """
     own = {name: Template(**fields) for name, fields in config.templates.items()}
-    return {**contexts.TEMPLATES, **own}
+    return {
+        name: template._replace(
+            thinking=config.thinking["student" if name == "nothing" else "teacher"]
+        )
+        for name, template in {**contexts.TEMPLATES, **own}.items()
+    }
+
+
+def lora(config: Mapping[str, Any]) -> Lora | None:
+    """The adapters that are trained, None where all weights are."""
+    c = config["lora"]
+    targets = tuple(name.removesuffix("_proj") for name in c["targets"])
+    return Lora(c["rank"], c["alpha"], targets) if c["rank"] else None
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:

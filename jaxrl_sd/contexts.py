@@ -229,7 +229,7 @@ def write(
                 hint = hint or Hint("nothing")
                 source.append(p * len(samples) + hint.source if hint.source >= 0 else -1)
                 prompt, cut = tokens.render_within(
-                    tokenizer, templates[hint.template], problem.prompt, hint.slots, width
+                    tokenizer, templates[hint.template], problem, hint.slots, width
                 )
                 prompts.append(prompt)
                 num_cut += cut

@@ -46,8 +46,8 @@ def make_gaps(method: Method, configs: Mapping[str, ModelConfig], temperature: f
 
     @jax.jit
     def gaps(state: State, batch: Batch) -> dict[str, Array]:
-        teachers = teacher_params(method.teachers, state.teachers, state.params)
-        return token_stats(requests, state.params, teachers, batch, configs, temperature, chunk)
+        teachers = teacher_params(method.teachers, state)
+        return token_stats(requests, state.policy(), teachers, batch, configs, temperature, chunk)
 
     return gaps
 

@@ -4,7 +4,7 @@ Two log-probabilities of every sampled token are returned and must not be confus
 
 * `logp_t`: log softmax(logits / temperature), what the trainer computes for the same token;
 * `behaviour_logp_t`: the log-probability under the distribution the token was really drawn from,
-  that is after top-k and top-p, renormalised. It is what importance ratios need.
+  that is after penalty, top-k and top-p, renormalised. It is what importance ratios need.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ class SamplingConfig:
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 keeps the whole vocabulary
     top_p: float = 1.0
+    presence_penalty: float = 0.0  # off the logits of tokens that the response has, as in vLLM
 
 
 @flax.struct.dataclass
@@ -61,16 +62,16 @@ def truncate_logits(logits: Array, top_k: int, top_p: float) -> Array:
     return jnp.where(logits < least_kept, MASKED, logits)
 
 
-def _draw(key: Array, logits: Array, sampling: SamplingConfig):
+def _draw(key: Array, logits: Array, penalised: Array, sampling: SamplingConfig):
     """Token i32[...], its logp and its behaviour logp from logits f32[..., V]."""
     if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1)
+        token = jnp.argmax(penalised, axis=-1)
         logp = jax.nn.log_softmax(logits)
         return token, _pick(logp, token), jnp.zeros(token.shape)
-    logits = logits / sampling.temperature
-    kept = truncate_logits(logits, sampling.top_k, sampling.top_p)
+    logp = jax.nn.log_softmax(logits / sampling.temperature)
+    kept = truncate_logits(penalised / sampling.temperature, sampling.top_k, sampling.top_p)
     token = jax.random.categorical(key, kept)
-    return token, _pick(jax.nn.log_softmax(logits), token), _pick(jax.nn.log_softmax(kept), token)
+    return token, _pick(logp, token), _pick(jax.nn.log_softmax(kept), token)
 
 
 def _pick(logp: Array, token: Array) -> Array:
@@ -102,6 +103,8 @@ def sample(
     hidden = jnp.broadcast_to(hidden[:, None], (P, group_size, hidden.shape[-1]))
     stop_ids = jnp.array(sampling.stop_ids, jnp.int32)
     zeros = jnp.zeros((P, group_size, T))
+    penalty = sampling.presence_penalty
+    seen = jnp.zeros((P, group_size, config.vocab_size if penalty else 0), bool)
     samples = Samples(
         response=jnp.full((P, group_size, T), sampling.pad_id, jnp.int32),
         length=jnp.zeros((P, group_size), jnp.int32),
@@ -111,13 +114,14 @@ def sample(
     )
 
     def running(carry):
-        t, _, _, samples = carry
+        t, *_, samples = carry
         return (t < T) & samples.truncated.any()
 
     def step(carry):
-        t, hidden, cache, samples = carry
+        t, hidden, cache, seen, samples = carry
         logits = model.logits(params, hidden, config)
-        token, logp, behaviour_logp = _draw(jax.random.fold_in(key, t), logits, sampling)
+        penalised = logits - penalty * seen if penalty else logits
+        token, logp, behaviour_logp = _draw(jax.random.fold_in(key, t), logits, penalised, sampling)
         going = samples.truncated  # not stopped yet
         token = jnp.where(going, token, sampling.pad_id).astype(jnp.int32)
         samples = Samples(
@@ -129,8 +133,10 @@ def sample(
                 jnp.where(going, behaviour_logp, 0.0)
             ),
         )
+        if penalty:
+            seen |= jax.nn.one_hot(token, config.vocab_size, dtype=bool)
         hidden, cache = model.decode(params, token, t, prompt_length, cache, config)
-        return t + 1, hidden, cache, samples
+        return t + 1, hidden, cache, seen, samples
 
-    *_, samples = jax.lax.while_loop(running, step, (jnp.int32(0), hidden, cache, samples))
+    *_, samples = jax.lax.while_loop(running, step, (jnp.int32(0), hidden, cache, seen, samples))
     return samples

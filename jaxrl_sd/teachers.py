@@ -1,7 +1,9 @@
 """Whose weights a teacher uses. What it is shown is the other, independent choice (contexts.py).
 
 A source has the shape of an optax transform: a state made once, refreshed after each update, and a
-function that gives the teacher's parameters. Sources of the same name share one state.
+function that gives the teacher's parameters. Sources of the same name share one state. It sees what
+is trained and nothing else: where that is an adapter, copies and averages are of the adapter, and
+the weights under it are the policy's own.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_sd.types import Array, Params
+from jaxrl_sd.vocabulary import STUDENT
 
 
 class Source(NamedTuple):
@@ -18,18 +21,18 @@ class Source(NamedTuple):
 
     Attributes:
       name: equal names mean equal behaviour.
-      init: params -> state, at the start of training; of the policy, or of `checkpoint`.
+      init: params -> state, at the start of training.
       refresh: (state, params, step) -> state, after step number `step` (1, 2, ...), jitted.
-      params: (state, params) -> the teacher's parameters.
+      params: (state, params) -> the teacher's parameters in place of the policy's `params`.
       checkpoint: a folder in Hugging Face format, whose weights and architecture the teacher has;
-        None for the policy's own.
+        `STUDENT` for the policy's own.
     """
 
     name: str
     init: Callable[[Params], Any]
     refresh: Callable[[Any, Params, Array], Any]
     params: Callable[[Any, Params], Params]
-    checkpoint: str | None = None
+    checkpoint: str = STUDENT
 
 
 def _copy(params: Params) -> Params:
@@ -51,7 +54,13 @@ def frozen() -> Source:
 
 def external(path: str) -> Source:
     """Another model of the same tokenizer, from a folder in Hugging Face format (OPD)."""
-    return frozen()._replace(name=f"external_{path}", checkpoint=path)
+    return Source(
+        f"external_{path}",
+        lambda params: (),
+        lambda state, params, step: (),
+        lambda state, params: {},
+        checkpoint=path,
+    )
 
 
 def synced(every: int) -> Source:
@@ -69,7 +78,8 @@ def synced(every: int) -> Source:
 def ema(rate: float) -> Source:
     """Exponential moving average, state + rate (policy - state), after each update (SDPO, SDFT).
 
-    Kept in float32: in bfloat16 an increment of 1 % of a weight's change rounds to nothing.
+    Kept in float32: in bfloat16 an increment of 1 % of a weight's change rounds to nothing. Of an
+    adapter it averages the two factors, which is not the average of their product.
     """
     if not 0 < rate <= 1:
         raise ValueError(f"rate: expected a number in (0, 1], got {rate}")

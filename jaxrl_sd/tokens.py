@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrl_sd.types import InputError, first_line
+from jaxrl_sd.types import InputError, Problem, first_line
 
 
 class Template(NamedTuple):
@@ -21,6 +21,14 @@ class Template(NamedTuple):
     user: str = "{problem}"
     system: str = ""  # no system turn when empty
     tail: str = ""  # follows the rendered prompt, generation header included
+    thinking: bool = True  # `enable_thinking` of the chat templates that read it
+
+    def text(self) -> str:
+        """All of the wording."""
+        return self.system + self.user + self.tail
+
+
+TEXTS = Template._fields[:3]  # what a configuration may word
 
 
 def load_tokenizer(path: str | os.PathLike):
@@ -78,10 +86,20 @@ def fill(text: str, slots: Mapping[str, str]) -> str:
 _MARK = "\ufdd0"  # Unicode promises that no text has it
 
 
-def render(tokenizer, template: Template, slots: Mapping[str, str]) -> list[int]:
+def render(
+    tokenizer,
+    template: Template,
+    slots: Mapping[str, str],
+    turns: Sequence[tuple[str, str]] = (),
+) -> list[int]:
     """Token ids of a prompt, generation header and tail included.
 
-    What looks like a special token in a slot stays text; only templates have special tokens.
+    What looks like a special token in a slot or a turn stays text; only templates have special
+    tokens.
+
+    Args:
+      turns: (role, text) of the conversation before the template's user turn. A system turn that
+        opens it also takes the template's system text, after a blank line.
 
     Raises:
       InputError: the tokenizer's chat template fails on these turns.
@@ -90,11 +108,13 @@ def render(tokenizer, template: Template, slots: Mapping[str, str]) -> list[int]
         str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     names = "|".join(map(re.escape, sorted(special, key=len, reverse=True)))
-    marked = {
-        slot: re.sub(names, lambda match: f"{_MARK}{special[match[0]]}{_MARK}", text)
-        for slot, text in slots.items()
-    }
-    text = _chat(tokenizer, template, marked) + fill(template.tail, marked)
+
+    def mark(text: str) -> str:
+        return re.sub(names, lambda match: f"{_MARK}{special[match[0]]}{_MARK}", text)
+
+    marked = {slot: mark(text) for slot, text in slots.items()}
+    turns = [(role, mark(text)) for role, text in turns]
+    text = _chat(tokenizer, template, marked, turns) + fill(template.tail, marked)
     if _MARK not in text:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     # Tokenizers work on what stands between special tokens piece by piece, and so do we.
@@ -104,12 +124,35 @@ def render(tokenizer, template: Template, slots: Mapping[str, str]) -> list[int]
     return ids
 
 
-def _chat(tokenizer, template: Template, slots: Mapping[str, str]) -> str:
-    system, user = fill(template.system, slots), fill(template.user, slots)
-    messages = [{"role": "system", "content": system}] if template.system else []
-    messages.append({"role": "user", "content": user})
+def _chat(
+    tokenizer, template: Template, slots: Mapping[str, str], turns: Sequence[tuple[str, str]]
+) -> str:
+    system = [text for role, text in turns[:1] if role == "system"]
+    before = turns[len(system) :]
+    system += [fill(template.system, slots)] if template.system else []
+    turns = [("system", "\n\n".join(system))] if system else []
+    turns += [*before, ("user", fill(template.user, slots))]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return _apply(tokenizer, messages, template.thinking, header=True)
+
+
+def header(tokenizer, template: Template) -> list[int]:
+    """Ids that follow the user turn of a prompt: where the response starts from.
+
+    Raises:
+      InputError: as `render`.
+    """
+    messages = [{"role": "user", "content": "1"}]
+    start, whole = (_apply(tokenizer, messages, template.thinking, header=x) for x in (False, True))
+    text = whole.removeprefix(start) + template.tail
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _apply(tokenizer, messages: list[dict[str, str]], thinking: bool, header: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=header, enable_thinking=thinking
+        )
     except Exception as error:  # templates are programs
         roles = " and a ".join(message["role"] for message in messages)
         raise InputError(
@@ -129,7 +172,7 @@ def _text_ids(tokenizer, piece: str, special: Mapping[str, int]) -> list[int]:
 
 
 def render_within(
-    tokenizer, template: Template, problem: str, privileged: Mapping[str, str], limit: int
+    tokenizer, template: Template, problem: Problem, privileged: Mapping[str, str], limit: int
 ) -> tuple[list[int], bool]:
     """`render` in at most `limit` tokens; only privileged slots are cut, the longest first.
 
@@ -141,10 +184,10 @@ def render_within(
     """
 
     def attempt(kept: int | None) -> list[int]:
-        slots = dict(privileged, problem=problem)
+        slots = dict(privileged, problem=problem.prompt)
         if kept is not None:
             slots[longest] = slots[longest][:kept]
-        return render(tokenizer, template, slots)
+        return render(tokenizer, template, slots, problem.turns)
 
     ids = attempt(None)
     if len(ids) <= limit:
@@ -155,7 +198,8 @@ def render_within(
         return render_within(tokenizer, template, problem, rest, limit)[0], True
     if not longest or not privileged[longest]:
         raise InputError(
-            f"prompt: {len(ids)} tokens, expected at most {limit}, for the problem {problem[:80]!r}"
+            f"prompt: {len(ids)} tokens, expected at most {limit}, for the problem "
+            f"{problem.prompt[:80]!r}"
         )
     low, high = 0, len(privileged[longest])  # characters: `low` fits, `high` does not
     while high - low > 1:

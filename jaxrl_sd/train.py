@@ -10,63 +10,41 @@ import itertools
 import json
 import platform
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxrl_sd import (
+    adapters,
     checkpoint,
     contexts,
-    data,
     diagnostics,
     evaluate,
     report,
     rollout,
     sampler,
     sharding,
-    tokens,
     weights,
 )
 from jaxrl_sd import config as configuration
-from jaxrl_sd.methods import Method
 from jaxrl_sd.metrics import Writer, strict
-from jaxrl_sd.model import ModelConfig
-from jaxrl_sd.sampler import SamplingConfig
-from jaxrl_sd.tokens import Template, load_tokenizer, stop_ids
-from jaxrl_sd.types import Batch, InputError, Params, Problem, Rollouts, Sample
-from jaxrl_sd.update import State, Steps, init_state, make_steps
-from jaxrl_sd.verify import VERIFIERS
-from jaxrl_sd.verify.pool import VerifierPool
+from jaxrl_sd.model import merge
+from jaxrl_sd.rollout import Judge
+from jaxrl_sd.start import Run, open_judge, prepare
+from jaxrl_sd.types import Batch, InputError, Problem, Rollouts, Sample
+from jaxrl_sd.update import State, init_state
 from jaxrl_sd.vocabulary import STUDENT
 
 SHOWN = ("rollout/accuracy", "eval/accuracy", "rollout/entropy")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-
-
-class Run(NamedTuple):
-    """What is read and compiled before the first step and never changes."""
-
-    config: ConfigDict
-    method: Method
-    model: ModelConfig
-    tokenizer: Any
-    problems: grain.MapDataset  # [i] is the i-th that training sees
-    held_out: list[Problem]
-    templates: dict[str, Template]
-    sampling: SamplingConfig
-    mesh: jax.sharding.Mesh
-    steps: Steps
-    gaps: Callable[[State, Batch], dict[str, jax.Array]]
-    folder: Path
 
 
 class Clock:
@@ -100,16 +78,16 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """
     clock = Clock()
     with clock("start"):
-        run, initial = prepare(config)
+        run, params, frozen = prepare(config)
         checkpoints = checkpoint.manager(run.folder / "checkpoints", config.checkpoint.keep)
-        state, position, seconds = start_or_resume(run, initial, checkpoints)
-        del initial  # else one device would hold it all through the run
+        state, position, seconds = start_or_resume(run, params, frozen, checkpoints)
+        del params, frozen  # else one device would hold it all through the run
     clock.add(seconds)
     first = int(state.step)
     forget_after(run.folder, first)
     with (
         checkpoints,
-        VerifierPool(config.verifier.workers, config.verifier.timeout_s) as pool,
+        open_judge(config) as pool,
         Writer(run.folder, config.steps, first + 1 if first else 0, SHOWN) as writer,
     ):
 
@@ -175,158 +153,10 @@ def is_due(config: ConfigDict, finished: int) -> bool:
     return finished % config.evaluation.every == 0 or finished == config.steps
 
 
-def prepare(config: ConfigDict) -> tuple[Run, dict[str | None, Params]]:
-    """Checks everything and reads models, tokenizer and problems.
-
-    Returns:
-      The run, and the initial parameters of the policy (under None) and of teachers' checkpoints.
-    """
-    method = configuration.check(config)
-    mesh = sharding.make_mesh(**config.mesh)
-    tokenizer = load_tokenizer(config.model.path)
-    initial, models = load_models(config.model.path, tokenizer, method)
-    model = models[None]
-    train, held_out = (
-        data.load(
-            config.data[split],
-            split,
-            config.data[f"num_{split}"],
-            config.data.seed,
-            config.data.suffix,
-        )
-        for split in ("train", "test")
-    )
-    templates = configuration.templates(config)
-    check_problems([*train, *held_out], method, tokenizer, templates["nothing"], config)
-    sampling = SamplingConfig(
-        max_response=config.rollout.max_response,
-        stop_ids=stop_ids(tokenizer, config.model.path),
-        pad_id=tokenizer.pad_token_id,
-        temperature=config.rollout.temperature,
-        top_k=config.rollout.top_k,
-        top_p=config.rollout.top_p,
-    )
-    configs = {STUDENT: model}
-    configs |= {name: models[t.source.checkpoint] for name, t in method.teachers.items()}
-    steps = make_steps(
-        method,
-        configuration.optimizer(config),
-        configs,
-        mesh=mesh,
-        mini_batches=config.optimizer.mini_batches,
-        epochs=config.optimizer.epochs,
-        micro_batches=config.compute.micro_batches,
-        temperature=config.rollout.temperature,
-        chunk=config.compute.chunk,
-    )
-    gaps = diagnostics.make_gaps(method, configs, config.rollout.temperature, config.compute.chunk)
-    problems = data.shuffled(train, config.seed)
-    folder = Path(config.output_dir)
-    run = Run(
-        *(config, method, model, tokenizer, problems, held_out),
-        *(templates, sampling, mesh, steps, gaps, folder),
-    )
-    return run, initial
-
-
-def load_models(path: str, tokenizer, method: Method):
-    """Parameters and architecture of the policy, under None, and of each teacher's checkpoint.
-
-    Raises:
-      InputError: a model cannot be read, or does not belong to the policy's tokenizer.
-    """
-    params, config = load_model(path, tokenizer)
-    initial, models = {None: params}, {None: config}
-    for folder in {t.source.checkpoint for t in method.teachers.values()} - {None}:
-        try:
-            initial[folder], models[folder] = load_model(folder, tokenizer)
-            same = tokens.load_vocabulary(folder) == tokenizer.get_vocab()
-        except InputError as error:
-            reason = str(error).removeprefix("model.path: ")
-            raise InputError(f"method.teacher: {reason}") from error
-        if not same:
-            raise InputError(
-                f"method.teacher: the model in {folder} has another tokenizer than the policy in "
-                f"{path}; a teacher scores the policy's own tokens"
-            )
-    return initial, models
-
-
-def load_model(folder: str, tokenizer) -> tuple[Params, ModelConfig]:
-    """Parameters and architecture, of as many tokens as the tokenizer knows."""
-    params, config = weights.load(folder)
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {folder} "
-            f"{config.vocab_size}: they do not belong together"
-        )
-    return params, replace(config, num_tokens=len(tokenizer))
-
-
-def check_problems(
-    problems: Sequence[Problem], method: Method, tokenizer, template: Template, config: ConfigDict
-) -> None:
-    """Every problem has what the method shows its teachers, and its prompt fits.
-
-    Raises:
-      InputError: naming the problem.
-    """
-    tokens.render(tokenizer, template, {"problem": problems[0].prompt})  # has its own errors
-    try:
-        rollout.encode(problems, tokenizer, template, config.rollout.max_prompt)
-    except InputError as error:
-        raise InputError(f"rollout.max_prompt: {error}") from error
-    for problem in problems:
-        if problem.verifier not in VERIFIERS:
-            raise InputError(
-                f"data: {problem.id}: verifier: expected one of {sorted(VERIFIERS)}, "
-                f"got {problem.verifier!r}"
-            )
-    for name, teacher in method.teachers.items():
-        for problem in problems:
-            for field in teacher.context.needs:
-                if not getattr(problem, field):
-                    raise InputError(
-                        f"data: {problem.id}: {config.method.name} shows its {name} the {field} "
-                        f"of each problem, and this one has none"
-                    )
-        check_hints_fit(problems, name, teacher, tokenizer, configuration.templates(config), config)
-
-
-def check_hints_fit(problems, name, teacher, tokenizer, templates, config) -> None:
-    """The longest problem leaves room for each wording that this teacher can be shown."""
-    longest = max(problems, key=lambda problem: len(problem.prompt))
-    limit = config.rollout.max_hint_prompt
-    for hint in possible_hints(longest, teacher.context):
-        slots = {**dict.fromkeys(hint.slots, ""), "problem": longest.prompt}
-        try:
-            prompt = tokens.render(tokenizer, templates[hint.template], slots)
-        except InputError as error:
-            raise InputError(f"{error} ({name}, template {hint.template})") from error
-        if len(prompt) > limit:
-            raise InputError(
-                f"rollout.max_hint_prompt: {name}, template {hint.template}: {len(prompt)} tokens "
-                f"without a hint, expected at most {limit}, for the problem {longest.prompt[:80]!r}"
-            )
-
-
-def possible_hints(problem: Problem, context: contexts.Context) -> list[contexts.Hint]:
-    """A hint of each template that a context can use."""
-    # All verdict patterns that a context can tell apart: nobody, somebody, several were right.
-    verdicts = [[False] * 4, [True] + [False] * 3, [True, True, False, False], [True] * 4]
-    found = {}
-    for group in verdicts:
-        samples = [Sample((), "", correct, False, feedback="wrong") for correct in group]
-        for hint in context.write(problem, samples, np.random.default_rng(0)):
-            hint = hint or contexts.Hint("nothing")
-            found[hint.template] = hint
-    return list(found.values())
-
-
-def start_or_resume(run: Run, initial, checkpoints) -> tuple[State, int, dict[str, float]]:
+def start_or_resume(run: Run, params, frozen, checkpoints) -> tuple[State, int, dict[str, float]]:
     """The state to go on from, the position in the sequence of problems, and seconds spent."""
     optimizer = configuration.optimizer(run.config)
-    state = init_state(initial, optimizer, run.method.teachers, run.config.seed)
+    state = init_state(params, frozen, optimizer, run.method.teachers, run.config.seed)
     state = jax.device_put(state, sharding.of_state(state, run.mesh))
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
     state, position, seconds = restored or (state, 0, {})
@@ -355,7 +185,7 @@ def draw(run: Run, state: State, key, prompt, prompt_length, samples: int, tempe
     prompt = jax.device_put((prompt, prompt_length), sharding.of_rows(run.mesh))
     sampling = replace(run.sampling, temperature=temperature)
     return sampler.sample(
-        state.params, key, *prompt, group_size=samples, sampling=sampling, config=run.model
+        state.policy(), key, *prompt, group_size=samples, sampling=sampling, config=run.model
     )
 
 
@@ -378,7 +208,7 @@ class Collected(NamedTuple):
     metrics: dict[str, float]
 
 
-def collect(run: Run, state: State, pool: VerifierPool, position: int, clock: Clock) -> Collected:
+def collect(run: Run, state: State, pool: Judge, position: int, clock: Clock) -> Collected:
     """Samples and grades, P prompts a round, until the method has kept P groups.
 
     A method that keeps every group needs one round. Groups kept beyond P are dropped.
@@ -386,19 +216,15 @@ def collect(run: Run, state: State, pool: VerifierPool, position: int, clock: Cl
     Raises:
       InputError: there are fewer after `rollout.max_rounds` rounds.
     """
-    settings, counts = run.config.rollout, Counter()
-    sampled, kept, parts = [], [], []
+    settings, sampled, kept, parts = run.config.rollout, [], [], []
     for _ in range(settings.max_rounds):
         with clock("sample"):
             problems = [run.problems[position + i] for i in range(settings.prompts)]
             prompt, samples = sample(run, state, problems, position)
         position += settings.prompts
         with clock("verify"):
-            groups, failures = rollout.verify(
-                problems, samples, run.tokenizer, run.sampling.stop_ids, pool
-            )
+            groups = rollout.verify(problems, samples, run.tokenizer, run.sampling.stop_ids, pool)
             rollouts, chosen = rollout.grade(*prompt, samples, groups, run.method.grade)
-        counts.update(failures)
         sampled += groups
         kept += itertools.compress(zip(problems, groups, strict=True), chosen)
         parts.append(rollout.keep(rollouts, chosen))
@@ -414,7 +240,6 @@ def collect(run: Run, state: State, pool: VerifierPool, position: int, clock: Cl
         )
     problems, groups = zip(*kept[: settings.prompts], strict=True)
     metrics = {
-        **counts,
         **rollout.describe(sampled),
         "rollout/kept": len(kept) / len(sampled),
         "rollout/rounds": len(parts),
@@ -435,12 +260,12 @@ def write_hints(run: Run, problems: Sequence[Problem], groups, step: int):
     )
 
 
-def measure(run: Run, state: State, pool: VerifierPool, step: int) -> dict[str, float]:
+def measure(run: Run, state: State, pool: Judge, step: int) -> dict[str, float]:
     """Held-out accuracy, sampled and greedy; every verdict goes to evaluations/."""
     k, settings = run.config.evaluation.samples, run.config.rollout
     verdicts, metrics = {}, {}
     for name, samples, temperature in (("sampled", k, settings.temperature), ("greedy", 1, 0.0)):
-        verdicts[name], metrics[name] = rollout.measure(
+        answered = rollout.answer(
             lambda *prompt, n=samples, t=temperature: draw(run, state, *prompt, n, t),
             random_key(state, "evaluate", step),
             run.held_out,
@@ -451,6 +276,8 @@ def measure(run: Run, state: State, pool: VerifierPool, step: int) -> dict[str, 
             batch=settings.prompts,
             stop_ids=run.sampling.stop_ids,
         )
+        groups = list(itertools.chain.from_iterable(answered))
+        verdicts[name], metrics[name] = rollout.measure(groups)
     path = evaluation_file(run.folder, step)
     path.parent.mkdir(exist_ok=True)
     record = {name: v.tolist() for name, v in verdicts.items()}
@@ -487,6 +314,8 @@ def log_group(run: Run, batch: Batch, gaps, problems, groups, step: int) -> None
                 "response": answer.text,
                 "response_tokens": [run.tokenizer.decode([t]) for t in answer.ids],
                 "correct": answer.correct,
+                "score": answer.score,
+                "rewards": dict(answer.rewards),
                 "truncated": answer.truncated,
                 "reward": None if answer.correct is None else float(reward[i]),
                 "advantage": credit.adv_t[i, :n].tolist(),
@@ -507,9 +336,15 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
 
 
 def export(run: Run, state: State) -> None:
-    """Writes the policy to model/ in Hugging Face format, with its tokenizer."""
-    folder = run.folder / "model"
-    weights.save(folder, state.params, run.model, eos_token_id=run.sampling.stop_ids)
+    """Writes the policy to model/ in Hugging Face format, with its tokenizer.
+
+    Where an adapter was trained, model/ has it merged, and adapter/ has it alone, for `peft`.
+    """
+    folder, policy = run.folder / "model", state.params
+    if run.model.lora is not None:
+        adapters.save(run.folder / "adapter", policy, run.model, base=run.config.model.path)
+        policy = merge(state.frozen[STUDENT], policy, run.model)
+    weights.save(folder, policy, run.model, eos_token_id=run.sampling.stop_ids)
     run.tokenizer.save_pretrained(folder)
 
 

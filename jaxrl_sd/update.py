@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from jaxrl_sd import losses, sharding, stats
 from jaxrl_sd.methods.base import Method, Metrics, Teacher
-from jaxrl_sd.model import ModelConfig
+from jaxrl_sd.model import ModelConfig, join
 from jaxrl_sd.scoring import token_stats
+from jaxrl_sd.teachers import Source
 from jaxrl_sd.types import Array, Batch, Params
+from jaxrl_sd.vocabulary import STUDENT
 
 ALWAYS_SCORED = {"old_logp": (None, stats.log_prob), "entropy": (None, stats.entropy)}
 ALWAYS_PROBED = {"logp": (None, stats.log_prob)}
@@ -22,13 +24,18 @@ ALWAYS_PROBED = {"logp": (None, stats.log_prob)}
 
 @flax.struct.dataclass
 class State:
-    """Everything that training changes on the device."""
+    """Everything that a step needs on the device."""
 
-    params: Params
+    params: Params  # what is trained: all weights of the policy, or those of its adapter
     opt_state: Any
     teachers: dict[str, Any]  # state of each source, by the source's name
     step: Array  # i32[], finished steps: batches that were sampled and trained on
     key: Array  # u32[2], data of the run's random key; steps fold their number into it
+    frozen: dict[str, Params]  # what is not, by checkpoint; the policy's own under `STUDENT`
+
+    def policy(self) -> Params:
+        """All weights of the policy."""
+        return join(self.frozen[STUDENT], self.params)
 
 
 class Steps(NamedTuple):
@@ -40,7 +47,8 @@ class Steps(NamedTuple):
 
 
 def init_state(
-    initial: Mapping[str | None, Params],
+    params: Params,
+    frozen: Mapping[str, Params],
     optimizer: optax.GradientTransformation,
     teachers: Mapping[str, Teacher],
     seed: int,
@@ -48,29 +56,29 @@ def init_state(
     """The state before the first update.
 
     Args:
-      initial: the policy's parameters under None, and those of every checkpoint that a teacher
-        uses under its path.
+      params: what is trained, all weights of the policy or those of its adapter.
+      frozen: the weights under the policy's adapter, {} where there is none, under `STUDENT`; and
+        those of every checkpoint that a teacher uses, under its path.
     """
     sources = {t.source.name: t.source for t in teachers.values()}
     return State(
-        params=initial[None],
-        opt_state=optimizer.init(initial[None]),
-        teachers={
-            name: source.init(initial[source.checkpoint]) for name, source in sources.items()
-        },
+        params=params,
+        opt_state=optimizer.init(params),
+        teachers={name: source.init(params) for name, source in sources.items()},
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(jax.random.key(seed)),
+        frozen=dict(frozen),
     )
 
 
-def teacher_params(
-    teachers: Mapping[str, Teacher], states: Mapping[str, Any], params: Params
-) -> dict[str, Params]:
-    """Parameters of each teacher, by teacher name, from the states of their sources."""
-    return {
-        name: teacher.source.params(states[teacher.source.name], params)
-        for name, teacher in teachers.items()
-    }
+def teacher_params(teachers: Mapping[str, Teacher], state: State) -> dict[str, Params]:
+    """All weights of each teacher, by teacher name: what its source keeps, over what is frozen."""
+
+    def of(source: Source) -> Params:
+        kept = source.params(state.teachers[source.name], state.params)
+        return join(state.frozen[source.checkpoint], kept)
+
+    return {name: of(teacher.source) for name, teacher in teachers.items()}
 
 
 def weigh(method: Method, batch: Batch) -> Batch:
@@ -111,8 +119,8 @@ def make_steps(
 
     @jax.jit
     def score(state: State, batch: Batch) -> Batch:
-        teachers = teacher_params(method.teachers, state.teachers, state.params)
-        scores = statistics({**ALWAYS_SCORED, **method.score}, state.params, teachers, batch)
+        teachers = teacher_params(method.teachers, state)
+        scores = statistics({**ALWAYS_SCORED, **method.score}, state.policy(), teachers, batch)
         return batch.replace(scores=scores)
 
     @jax.jit
@@ -122,19 +130,21 @@ def make_steps(
         credit = jax.tree.map(lambda x: jnp.where(mask_t != 0, x, 0.0), credit)
         return batch.replace(credit=credit), metrics
 
-    def loss_sum(params, teachers, batch, step):
-        probed = statistics({**ALWAYS_PROBED, **method.probe}, params, teachers, batch)
-        loss_t, metrics_t = method.loss(probed, batch, step)
+    def loss_sum(params, state, teachers, batch):
+        policy = state.replace(params=params).policy()
+        probed = statistics({**ALWAYS_PROBED, **method.probe}, policy, teachers, batch)
+        loss_t, metrics_t = method.loss(probed, batch, state.step)
         metrics_t = {**metrics_t, "ratio": jnp.exp(probed["logp"] - batch.scores["old_logp"])}
         total = partial(losses.weighted_sum, weight_t=batch.weight_t)
         return total(loss_t), {name: total(x) for name, x in metrics_t.items()}
 
-    def gradient_of(params, teachers, mini_batch, step):
+    def gradient_of(state, mini_batch):
         """Gradient and metrics of a mini-batch, summed over its micro-batches."""
+        teachers = teacher_params(method.teachers, state)
 
         def of_part(part):
             (loss, metrics), gradient = jax.value_and_grad(loss_sum, has_aux=True)(
-                params, teachers, part, step
+                state.params, state, teachers, part
             )
             return gradient, loss, metrics
 
@@ -147,8 +157,7 @@ def make_steps(
 
     def update_once(state, mini_batch):
         mini_batch = weigh(method, mini_batch)
-        teachers = teacher_params(method.teachers, state.teachers, state.params)
-        gradient, loss, sums = gradient_of(state.params, teachers, mini_batch, state.step)
+        gradient, loss, sums = gradient_of(state, mini_batch)
         norm, weight = optax.tree.norm(gradient), mini_batch.weight_t.sum()
         # Neither a gradient that is not finite nor a batch without a token moves anything.
         applied = jnp.isfinite(norm) & (weight > 0)
@@ -157,26 +166,29 @@ def make_steps(
         )
         new = (optax.apply_updates(state.params, updates), opt_state)
         old = (state.params, state.opt_state)
-        params, opt_state = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+        trained = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
         metrics = {name: x / jnp.where(weight > 0, weight, 1.0) for name, x in sums.items()}
         metrics |= {"loss": loss, "grad_norm": norm, "skipped": 1.0 - jnp.isfinite(norm)}
-        return state.replace(params=params, opt_state=opt_state), (metrics, weight > 0)
+        return trained, (metrics, weight > 0)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:
         parts = split(batch, mini_batches)
 
-        def update_with(state, i):
-            return update_once(state, jax.tree.map(lambda x: x[i], parts))
+        def update_with(trained, i):
+            params, opt_state = trained
+            now = state.replace(params=params, opt_state=opt_state)
+            return update_once(now, jax.tree.map(lambda x: x[i], parts))
 
         order = jnp.tile(jnp.arange(mini_batches), epochs)
-        state, (metrics, has_tokens) = jax.lax.scan(update_with, state, order)
+        start = (state.params, state.opt_state)
+        (params, opt_state), (metrics, has_tokens) = jax.lax.scan(update_with, start, order)
         step = state.step + 1
         teachers = {
-            name: source.refresh(state.teachers[name], state.params, step)
+            name: source.refresh(state.teachers[name], params, step)
             for name, source in sources.items()
         }
-        state = state.replace(teachers=teachers, step=step)
+        state = state.replace(params=params, opt_state=opt_state, teachers=teachers, step=step)
         # The next call is given what this one returns: other shardings would compile it again.
         state = jax.lax.with_sharding_constraint(state, sharding.of_state(state, mesh))
         num = jnp.maximum(has_tokens.sum(), 1)

@@ -15,7 +15,7 @@ import pytest
 from jaxrl_sd import config as configuration
 from jaxrl_sd import contexts
 from jaxrl_sd.methods import METHODS, PRESETS
-from jaxrl_sd.train import prepare
+from jaxrl_sd.start import prepare
 from jaxrl_sd.types import InputError
 
 

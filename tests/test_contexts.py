@@ -15,6 +15,7 @@ from jaxrl_sd import contexts, countdown, model, stats, tokens
 from jaxrl_sd.contexts import TEMPLATES, Hint
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.scoring import token_stats
+from jaxrl_sd.start import compare_headers
 from jaxrl_sd.tokens import Template
 from jaxrl_sd.types import Batch, InputError, Problem, Rollouts, Sample
 from jaxrl_sd.vocabulary import STUDENT
@@ -188,6 +189,58 @@ def test_special_tokens_of_a_template_are_special(tokenizer):
 
 def test_unknown_slots_of_a_template_are_text():
     assert tokens.fill("{a} {b} {} {a b}", {"a": "{b}"}) == "{b} {b} {} {a b}"
+
+
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+
+
+@pytest.fixture
+def thinker(tokenizer):
+    """A tokenizer whose chat template, as Qwen3's, starts with an empty thought if asked to."""
+    text = (
+        "{% if enable_thinking is defined and not enable_thinking %}" + NO_THOUGHTS + "{% endif %}"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "assistant\n{% endif", f"assistant\n{text}{{% endif"
+    )
+    yield tokenizer
+    tokenizer.chat_template = CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(True, False), (False, True), (False, False)])
+def test_each_side_thinks_or_not(thinker, student, teacher):
+    config = configuration.default()
+    config.templates = {}
+    config.thinking.student, config.thinking.teacher = student, teacher
+    templates = configuration.templates(config)
+    for name, thinks in (("nothing", student), ("answer", teacher), ("marker", teacher)):
+        text = thinker.decode(
+            tokens.render(thinker, templates[name], {"problem": "1", "answer": "2"})
+        )
+        end = HEADER + (not thinks) * NO_THOUGHTS + TEMPLATES[name].tail
+        assert text.endswith("<|im_end|>\n" + end)
+        assert thinker.decode(tokens.header(thinker, templates[name])) == end
+
+
+def test_prompts_that_end_otherwise_than_the_students_are_reported(thinker):
+    def notes(name: str, **thinking) -> list[str]:
+        config = configuration.default()
+        config.templates, config.method.name = {}, name
+        config.thinking.update(thinking)
+        method, templates = configuration.check(config), configuration.templates(config)
+        return compare_headers(method, thinker, templates, PROBLEM)
+
+    assert notes("rlsd") == notes("rlsd", student=False, teacher=False) == []
+    (note,) = notes("rlsd", student=False)
+    assert note.startswith(
+        f"teacher, template answer: its prompts end with {HEADER!r}, the student's"
+    )
+    assert repr(HEADER + NO_THOUGHTS) in note
+    assert [note.split(":")[0] for note in notes("hsd", teacher=False)] == [
+        "teacher, template answer",
+        "teacher, template answer_peer",
+    ]
+    assert len(notes("cast")) == 1  # its marker line
 
 
 def test_sibling_or_feedback():

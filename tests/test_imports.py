@@ -14,14 +14,16 @@ PACKAGE = Path(jaxrl_sd.__file__).parent
 # A module may import from its own line and from the lines above. A folder's modules stand together.
 LAYERS = [
     ["types"],
-    ["stats", "groups", "losses", "vocabulary"],  # arithmetic
+    ["stats", "groups", "losses", "vocabulary", "rope"],  # arithmetic
     ["tokens", "model"],
     ["contexts", "teachers"],
     ["methods"],
-    ["sharding", "scoring", "update", "weights", "sampler", "diagnostics"],  # devices
-    ["countdown", "data", "verify", "config", "metrics", "checkpoint"],  # host
-    ["rollout", "evaluate", "report"],
-    ["train"],
+    ["sharding", "scoring", "update", "sampler", "diagnostics"],  # devices
+    ["architectures", "weights", "adapters"],
+    ["countdown", "code_problems", "data", "verify", "config", "metrics", "checkpoint"],  # host
+    ["policies", "benchmarks", "rollout", "evaluate", "report"],
+    ["start"],
+    ["train", "answers", "results", "difficulty"],
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -83,6 +83,29 @@ def test_logp_is_the_trainers_and_behaviour_logp_that_of_the_draw(params, prompt
     assert (samples.behaviour_logp_t > samples.logp_t + 1e-3).any()
 
 
+def test_a_penalty_lowers_what_the_response_has(params, prompt):
+    sampling = replace(PLAIN, temperature=0.7, top_k=5, presence_penalty=2.0)
+    samples = draw(params, prompt, sampling)
+    logits = np.asarray(trainer_logits(params, prompt, samples.response), np.float64)
+    penalised = logits.copy()
+    for p, g, t in np.ndindex(P, G, T):
+        for token in {int(x) for x in samples.response[p, g, :t]}:
+            penalised[p, g, t, token] -= 2.0
+    for name, distribution in (
+        ("logp_t", logits / 0.7),
+        ("behaviour_logp_t", slow_truncate(penalised / 0.7, 5, 1.1)),
+    ):
+        expected = pick(jax.nn.log_softmax(jnp.asarray(distribution)), samples.response)
+        got = getattr(samples, name)
+        np.testing.assert_allclose(
+            jnp.where(valid(samples), got, 0), jnp.where(valid(samples), expected, 0), atol=1e-5
+        )
+    greedy = draw(params, prompt, replace(PLAIN, temperature=0.0, presence_penalty=100.0))
+    for row in greedy.response[:, 0]:
+        row = [int(x) for x in row if x]
+        assert len(set(row)) == len(row)
+
+
 def slow_truncate(logits, top_k, top_p):
     out = np.full_like(logits, -np.inf)
     for index in np.ndindex(logits.shape[:-1]):

@@ -18,8 +18,9 @@ from small_run import MOMENTS, small_config
 
 from jaxrl_sd import config as configuration
 from jaxrl_sd import metrics, model, rollout, tokens, weights
-from jaxrl_sd.train import Clock, forget_after, measure, prepare, summarize, train
-from jaxrl_sd.types import InputError
+from jaxrl_sd.start import prepare
+from jaxrl_sd.train import Clock, forget_after, measure, summarize, train
+from jaxrl_sd.types import InputError, Sample
 
 
 # Those whose host side differs; tests/test_update.py runs every method's device side.
@@ -153,9 +154,10 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
 
 
 def test_verdicts_that_are_missing_survive_in_strict_json(tmp_path, monkeypatch):
-    run, _ = prepare(small_config(tmp_path))
-    verdicts = np.array([[1, math.nan], [math.nan, math.nan], *[[0, 1]] * 6])
-    monkeypatch.setattr(rollout, "measure", lambda *args, **kwargs: (verdicts, {}))
+    run, *_ = prepare(small_config(tmp_path))
+    verdicts = [[True, None], [None, None], *[[False, True]] * 6]
+    groups = [[Sample((7,), "", verdict, False) for verdict in group] for group in verdicts]
+    monkeypatch.setattr(rollout, "answer", lambda *args, **kwargs: [groups])
     state = SimpleNamespace(key=jax.random.key_data(jax.random.key(0)))
     for step in (0, run.config.steps):
         assert measure(run, state, None, step)["eval/accuracy"] == pytest.approx(4 / 7)
@@ -186,7 +188,7 @@ from jaxrl_sd.types import InputError
 from jaxrl_sd.update import init_state
 
 folder = Path(sys.argv[1])
-state = init_state({None: {"w": jax.numpy.ones(1000)}}, optax.sgd(0.1), {}, seed=0)
+state = init_state({"w": jax.numpy.ones(1000)}, {"": {}}, optax.sgd(0.1), {}, seed=0)
 with checkpoint.manager(folder, keep=2) as checkpoints:
     checkpoint.save(checkpoints, state, 7, {"steps": 1}, {})
     checkpoints.wait_until_finished()

@@ -1,5 +1,6 @@
 """Whole steps of a tiny model: score, credit, update, refresh."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -19,7 +20,7 @@ from jaxrl_sd.methods.base import (
     add_importance_weight,
     group_advantage,
 )
-from jaxrl_sd.model import ModelConfig
+from jaxrl_sd.model import LINEAR, Lora, ModelConfig
 from jaxrl_sd.scoring import token_stats
 from jaxrl_sd.types import Batch, Credit, Hints, Rollouts
 from jaxrl_sd.update import ALWAYS_PROBED, Steps, init_state, make_steps
@@ -68,12 +69,12 @@ def method_of(name: str) -> Method:
     return METHODS[name](**HYPER.get(name, {}), **synced)
 
 
-def compile_steps(method: Method, devices: int = 1, **parts) -> Steps:
+def compile_steps(method: Method, devices: int = 1, config=CONFIG, **parts) -> Steps:
     settings = {"mini_batches": 1, "epochs": 1, "micro_batches": 1, **parts}
     return make_steps(
         method,
         OPTIMIZER,
-        dict.fromkeys((STUDENT, *method.teachers), CONFIG),
+        dict.fromkeys((STUDENT, *method.teachers), config),
         mesh=sharding.make_mesh(data=1, fsdp=devices, tensor=1),
         temperature=TEMPERATURE,
         chunk=CHUNK,
@@ -96,8 +97,9 @@ def draw_params(seed: int):
 def start(name: str, step: int = STEP):
     """The student, and teachers that differ from it. New arrays on every call: updates donate."""
     params = jax.tree.map(jnp.copy, draw_params(0))
-    initial = {None: params, "a/folder": draw_params(9)}
-    state = init_state(initial, OPTIMIZER, method_of(name).teachers, seed=0)
+    external = jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, params, draw_params(9))
+    frozen = {STUDENT: {}, "a/folder": external}
+    state = init_state(params, frozen, OPTIMIZER, method_of(name).teachers, seed=0)
     others = {
         source: jax.tree.map(lambda x, y: 0.8 * x + 0.2 * y, copies, draw_params(1 + n))
         for n, (source, copies) in enumerate(sorted(state.teachers.items()))
@@ -137,7 +139,8 @@ def shown_and_source(name: str):
 
 def verdicts() -> Verdicts:
     graded = np.ones(B, bool)
-    return Verdicts(np.array(VERDICTS), graded, np.array(LENGTH), ~graded, G, T)
+    correct = np.array(VERDICTS)
+    return Verdicts(correct, graded, 1.0 * correct, np.array(LENGTH), ~graded, G, T)
 
 
 def draw_batch(name: str, pad_id: int = PAD, garbage: float = 0.0) -> Batch:
@@ -227,7 +230,7 @@ def float64_case(name: str, params, teacher, reference) -> Case:
 def teacher_params(name: str):
     """The student's parameters, and those of each teacher."""
     state = start(name)
-    teachers = update.teacher_params(method_of(name).teachers, state.teachers, state.params)
+    teachers = update.teacher_params(method_of(name).teachers, state)
     return state.params, teachers
 
 
@@ -407,6 +410,46 @@ def test_teachers_are_refreshed_after_the_update(name):
         refreshed = history[2].params if source == "synced_2" else first
         for k, want in [(1, first), (2, refreshed), (3, refreshed)]:
             assert_trees_close(history[k].teachers[source], want)
+
+
+def test_an_adapter_has_the_gradient_of_the_weights_that_it_changes():
+    """dA = scale dW B', dB = scale A' dW, for the policy and teachers that the weights make up."""
+    config = replace(CONFIG, lora=Lora(rank=2, alpha=6.0, targets=tuple(LINEAR)))
+    base, whole, copy = draw_params(0), compiled("sdpg"), partial(jax.tree.map, jnp.copy)
+    policy, reference = (draw_adapter(seed, config) for seed in (1, 2))
+    merged = start("sdpg").replace(
+        params=copy(model.merge(base, policy, config)),
+        teachers={"current": (), "frozen": copy(model.merge(base, reference, config))},
+    )
+    method = method_of("sdpg")
+    state = init_state(copy(policy), {STUDENT: copy(base)}, OPTIMIZER, method.teachers, seed=0)
+    state = state.replace(teachers={"current": (), "frozen": copy(reference)}, step=jnp.int32(STEP))
+    steps, batch = compile_steps(method, config=config), draw_batch("sdpg")
+    scored = whole.score(merged, batch)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, steps.score(state, batch).scores, scored.scores)
+    batch, _ = whole.credit(scored, merged.step)
+    before = copy(merged.params["layers"])
+    after, _ = whole.update(merged, batch)
+    state, _ = steps.update(state, batch)
+    assert_trees_equal(state.frozen, {STUDENT: base})
+    assert_trees_equal(state.teachers["frozen"], reference)
+    for name, inputs in LINEAR.items():
+        a, b = (policy["layers"][f"{name}_{x}"][0] for x in "ab")
+        change = (after.params["layers"][name] - before[name])[0]
+        moved = {x: state.params["layers"][f"{name}_{x}"][0] - y for x, y in (("a", a), ("b", b))}
+        change = change.reshape(*a.shape[:inputs], -1)  # [*inputs, outputs]
+        want_a = 3 * change @ b.reshape(2, -1).T
+        want_b = 3 * a.reshape(-1, 2).T @ change.reshape(-1, change.shape[-1])
+        np.testing.assert_allclose(moved["a"], want_a, rtol=2e-3, atol=1e-6)
+        np.testing.assert_allclose(moved["b"].reshape(2, -1), want_b, rtol=2e-3, atol=1e-6)
+        assert jnp.abs(want_a).max() > 1e-5 and jnp.abs(want_b).max() > 1e-5
+
+
+def draw_adapter(seed: int, config: ModelConfig):
+    rng = np.random.default_rng(seed)
+    shapes = model.adapter_shapes(config)["layers"]
+    return {"layers": {n: jnp.float32(0.3 * rng.standard_normal(s)) for n, s in shapes.items()}}
 
 
 def test_an_eighth_method_is_one_function_and_one_entry(monkeypatch):

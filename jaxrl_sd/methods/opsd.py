@@ -8,10 +8,10 @@ Deviations from the paper:
   - The equation averages each sequence, the released code all tokens of a micro-batch; the
     equation is followed.
   - tau is not tuned in the paper and 0.05 to 1e-7 in the released scripts; 0.05 here.
-  - The teacher's wording joins Fig. 2 with the released code's markers. The paper's main runs
-    turn thinking off for the student and on for the teacher; here both have one generation header.
-  - The paper's sampling temperature 1.1 (which also divides both logits in the loss) is a setting
-    of the run, `rollout.temperature`, not of the method.
+  - The teacher's wording joins Fig. 2 with the released code's markers.
+  - Settings of the run, not of the method: the paper's sampling temperature 1.1, which also
+    divides both logits in the loss (`rollout.temperature`), and thinking, off for the student and
+    on for the teacher in its main runs (`thinking`).
 
 Found in the paper (tests/test_theory.py):
   - A capped entry keeps the gradient of the normaliser: p_S times the teacher's mass that is not

@@ -1,0 +1,281 @@
+"""What a run reads, and the checks that it makes before its first sample."""
+
+import importlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from jaxrl_sd import config as configuration
+from jaxrl_sd import contexts, data, diagnostics, rollout, sharding, tokens, verify, weights
+from jaxrl_sd.methods import Method
+from jaxrl_sd.model import ModelConfig, init_adapter
+from jaxrl_sd.rollout import Judge
+from jaxrl_sd.sampler import SamplingConfig
+from jaxrl_sd.tokens import Template, load_tokenizer, stop_ids
+from jaxrl_sd.types import Batch, InputError, Params, Problem, Sample
+from jaxrl_sd.update import State, Steps, make_steps
+from jaxrl_sd.verify.pool import VerifierPool
+from jaxrl_sd.verify.reward import RewardFunctions
+from jaxrl_sd.vocabulary import STUDENT
+
+
+class Run(NamedTuple):
+    """What is read and compiled before the first step and never changes."""
+
+    config: ConfigDict
+    method: Method
+    model: ModelConfig
+    tokenizer: Any
+    problems: grain.MapDataset  # [i] is the i-th that training sees
+    held_out: list[Problem]
+    templates: dict[str, Template]
+    sampling: SamplingConfig
+    mesh: jax.sharding.Mesh
+    steps: Steps
+    gaps: Callable[[State, Batch], dict[str, jax.Array]]
+    folder: Path
+
+
+def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
+    """Checks everything and reads models, tokenizer and problems.
+
+    Returns:
+      The run; what it trains, as it is before the first step; and the weights that it does not
+      train, see `update.State`.
+    """
+    method = configuration.check(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    tokenizer = load_tokenizer(config.model.path)
+    frozen, models = load_models(config.model.path, tokenizer, method, mesh)
+    models[STUDENT] = model = replace(models[STUDENT], lora=configuration.lora(config))
+    params, frozen[STUDENT] = split_trained(frozen[STUDENT], model, config.seed)
+    train, held_out = load_problems(config, "train"), load_problems(config, "test")
+    templates = configuration.templates(config)
+    check_problems([*train, *held_out], method, tokenizer, templates["nothing"], config)
+    check_judges(config, train, held_out)
+    sampling = sampling_config(config, tokenizer)
+    configs = {name: models[t.source.checkpoint] for name, t in method.teachers.items()}
+    configs[STUDENT] = model
+    steps = make_steps(
+        method,
+        configuration.optimizer(config),
+        configs,
+        mesh=mesh,
+        mini_batches=config.optimizer.mini_batches,
+        epochs=config.optimizer.epochs,
+        micro_batches=config.compute.micro_batches,
+        temperature=config.rollout.temperature,
+        chunk=config.compute.chunk,
+    )
+    gaps = diagnostics.make_gaps(method, configs, config.rollout.temperature, config.compute.chunk)
+    problems = data.shuffled(train, config.seed)
+    for note in compare_headers(method, tokenizer, templates, train[0]):
+        logging.warning("%s", note)
+    folder = Path(config.output_dir)
+    run = Run(
+        *(config, method, model, tokenizer, problems, held_out),
+        *(templates, sampling, mesh, steps, gaps, folder),
+    )
+    return run, params, frozen
+
+
+def load_problems(config: ConfigDict, split: str) -> list[Problem]:
+    """The problems of a split, see `data.load`."""
+    c = config.data
+    return data.load(
+        *(c[split], split, c[f"num_{split}"], c.seed, c.suffix),
+        subset=c[f"{split}_subset"],
+        hub_split=c[f"{split}_split"],
+        columns=c.columns,
+        verifier=c.verifier,
+        answers=not config.reward.functions,
+    )
+
+
+def sampling_config(config: ConfigDict, tokenizer) -> SamplingConfig:
+    """How rollouts are drawn."""
+    return SamplingConfig(
+        max_response=config.rollout.max_response,
+        stop_ids=stop_ids(tokenizer, config.model.path),
+        pad_id=tokenizer.pad_token_id,
+        temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        presence_penalty=config.rollout.presence_penalty,
+    )
+
+
+def load_models(path: str, tokenizer, method: Method, mesh: jax.sharding.Mesh):
+    """Parameters and architecture of the policy, under `STUDENT`, and of teachers' checkpoints.
+
+    Raises:
+      InputError: a model cannot be read, or does not belong to the policy's tokenizer.
+    """
+    params, config = load_model(path, tokenizer, mesh)
+    initial, models = {STUDENT: params}, {STUDENT: config}
+    for folder in {t.source.checkpoint for t in method.teachers.values()} - {STUDENT}:
+        try:
+            initial[folder], models[folder] = load_model(folder, tokenizer, mesh)
+            same = tokens.load_vocabulary(folder) == tokenizer.get_vocab()
+        except InputError as error:
+            reason = str(error).removeprefix("model.path: ")
+            raise InputError(f"method.teacher: {reason}") from error
+        if not same:
+            raise InputError(
+                f"method.teacher: the model in {folder} has another tokenizer than the policy in "
+                f"{path}; a teacher scores the policy's own tokens"
+            )
+    return initial, models
+
+
+def load_model(folder: str, tokenizer, mesh: jax.sharding.Mesh) -> tuple[Params, ModelConfig]:
+    """Parameters and architecture, of as many tokens as the tokenizer knows."""
+    params, config = weights.load(folder, mesh)
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"model.path: the tokenizer has {len(tokenizer)} tokens, the model in {folder} "
+            f"{config.vocab_size}: they do not belong together"
+        )
+    return params, replace(config, num_tokens=len(tokenizer))
+
+
+def split_trained(weights: Params, model: ModelConfig, seed: int) -> tuple[Params, Params]:
+    """What is trained of a policy, and what stays as it is: an adapter and all else, or all."""
+    if model.lora is None:
+        return weights, {}
+    return init_adapter(jax.random.key(seed), model), weights
+
+
+def check_problems(
+    problems: Sequence[Problem], method: Method, tokenizer, template: Template, config: ConfigDict
+) -> None:
+    """Every problem has what the method shows its teachers, and its prompts fit.
+
+    Raises:
+      InputError: naming the problem.
+    """
+    check_prompts(problems, tokenizer, template, config)
+    for name, teacher in method.teachers.items():
+        for problem in problems:
+            for field in teacher.context.needs:
+                if not getattr(problem, field):
+                    raise InputError(
+                        f"data: {problem.id}: {config.method.name} shows its {name} the {field} "
+                        f"of each problem, and this one has none"
+                    )
+        check_hints_fit(problems, name, teacher, tokenizer, configuration.templates(config), config)
+
+
+def check_prompts(
+    problems: Sequence[Problem], tokenizer, template: Template, config: ConfigDict
+) -> None:
+    """Every problem's prompt fits.
+
+    Raises:
+      InputError: naming the problem.
+    """
+    first = problems[0]
+    tokens.render(tokenizer, template, {"problem": first.prompt}, first.turns)  # its own errors
+    try:
+        rollout.encode(problems, tokenizer, template, config.rollout.max_prompt)
+    except InputError as error:
+        raise InputError(f"rollout.max_prompt: {error}") from error
+
+
+def check_judges(config: ConfigDict, *splits: Sequence[Problem]) -> None:
+    """What decides about answers is there: reward functions with what they ask for, or verifiers.
+
+    Raises:
+      InputError: naming the function, or the problem.
+    """
+    if config.reward.functions:
+        with RewardFunctions(**config.reward) as functions:
+            for problems in splits:
+                functions.check(problems)
+        return
+    for problem in itertools.chain(*splits):
+        if problem.verifier not in verify.VERIFIERS:
+            raise InputError(
+                f"data: {problem.id}: verifier: expected one of {sorted(verify.VERIFIERS)}, "
+                f"got {problem.verifier!r}"
+            )
+    for name in {problem.verifier for problem in itertools.chain(*splits)}:
+        if name in verify.MACHINE_CHECKS:
+            module, function = verify.MACHINE_CHECKS[name].split(":")
+            try:
+                getattr(importlib.import_module(module), function)()
+            except RuntimeError as error:
+                raise InputError(f"data: verifier {name!r}: {error}") from error
+
+
+def check_hints_fit(problems, name, teacher, tokenizer, templates, config) -> None:
+    """The longest problem leaves room for each wording that this teacher can be shown."""
+    longest = max(problems, key=_characters)
+    limit = config.rollout.max_hint_prompt
+    for hint in possible_hints(longest, teacher.context):
+        slots = {**dict.fromkeys(hint.slots, ""), "problem": longest.prompt}
+        try:
+            prompt = tokens.render(tokenizer, templates[hint.template], slots, longest.turns)
+        except InputError as error:
+            raise InputError(f"{error} ({name}, template {hint.template})") from error
+        if len(prompt) > limit:
+            raise InputError(
+                f"rollout.max_hint_prompt: {name}, template {hint.template}: {len(prompt)} tokens "
+                f"without a hint, expected at most {limit}, for the problem {longest.prompt[:80]!r}"
+            )
+
+
+def compare_headers(method: Method, tokenizer, templates, problem: Problem) -> list[str]:
+    """What to know where a teacher's prompt ends otherwise than the student's.
+
+    The two then predict the first token of a response after different texts, for instance one after
+    the start of a thought, whatever the teacher was shown.
+    """
+
+    def end(name: str) -> str:
+        return tokenizer.decode(tokens.header(tokenizer, templates[name]))
+
+    student = end("nothing")
+    ends = {
+        (name, hint.template): end(hint.template)
+        for name, teacher in method.teachers.items()
+        for hint in possible_hints(problem, teacher.context)
+    }
+    return [
+        f"{name}, template {template}: its prompts end with {text!r}, the student's with "
+        f"{student!r}: their first tokens are not comparable"
+        for (name, template), text in ends.items()
+        if text != student
+    ]
+
+
+def _characters(problem: Problem) -> int:
+    return len(problem.prompt) + sum(len(text) for _, text in problem.turns)
+
+
+def possible_hints(problem: Problem, context: contexts.Context) -> list[contexts.Hint]:
+    """A hint of each template that a context can use."""
+    # All verdict patterns that a context can tell apart: nobody, somebody, several were right.
+    verdicts = [[False] * 4, [True] + [False] * 3, [True, True, False, False], [True] * 4]
+    found = {}
+    for group in verdicts:
+        samples = [Sample((), "", correct, False, feedback="wrong") for correct in group]
+        for hint in context.write(problem, samples, np.random.default_rng(0)):
+            hint = hint or contexts.Hint("nothing")
+            found[hint.template] = hint
+    return list(found.values())
+
+
+def open_judge(config: ConfigDict) -> Judge:
+    """What decides about answers: the reward functions, or else each problem's verifier."""
+    if config.reward.functions:
+        return RewardFunctions(**config.reward)
+    return VerifierPool(config.verifier.workers, config.verifier.timeout_s)
