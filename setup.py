@@ -28,5 +28,15 @@ setup(
         "tqdm>=4.70",
         "transformers>=5.23",
     ],
-    extras_require={"test": ["pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.14", "torch>=2.13"]},
+    extras_require={
+        "data": ["datasets>=5.2"],  # Parquet files, folders and data sets of the hub
+        "test": [
+            "datasets>=5.2",
+            "peft>=0.21",
+            "pytest>=9.2",
+            "pytest-xdist>=3.8",
+            "ruff>=0.14",
+            "torch>=2.13",
+        ],
+    },
 )

@@ -138,12 +138,11 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
             continue
         ways = solutions(tuple(sorted(numbers)), target)
         steps = ways[code // 8 % len(ways)]
-        problem = Problem(
-            id=f"countdown/{split}/{seed}/{len(drawn)}",
-            prompt=prompt_text(numbers, target),
-            answer=answer_text(steps),
-            solution=solution_text(steps),
-            verifier="countdown",
-        )
-        drawn.append(problem)
+        row = {
+            "prompt": prompt_text(numbers, target),
+            "answer": answer_text(steps),
+            "solution": solution_text(steps),
+            "verifier": "countdown",
+        }
+        drawn.append(Problem(f"countdown/{split}/{seed}/{len(drawn)}", **row, columns=row))
     return drawn

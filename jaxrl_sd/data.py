@@ -1,95 +1,294 @@
 """Problems, and the order in which training sees them."""
 
 import dataclasses
+import importlib
+import itertools
 import json
+import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 
-from jaxrl_sd import countdown
+from jaxrl_sd import code_problems, countdown
 from jaxrl_sd.tokens import is_text
-from jaxrl_sd.types import InputError, Problem
+from jaxrl_sd.types import InputError, Problem, first_line
 
-# Column names in use, in order of preference.
-PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = ("answer", "ground_truth")
-SOLUTION_COLUMNS = ("solution",)
+# Usual names of the columns, in order of preference. A dot reaches into a nested object.
+COLUMNS = {
+    "prompt": ("prompt", "problem", "question", "input"),
+    "answer": (
+        *("answer", "ground_truth", "final_answer", "expected_answer"),
+        "reward_model.ground_truth",  # verl, DAPO-Math-17k
+    ),
+    "solution": ("solution", "reference_solution"),
+    "verifier": ("verifier",),
+}
+ID_COLUMNS = ("id", "unique_id", "task_id", "question_id", "extra_info.index")
+ROLES = ("system", "user", "assistant")
+FILES = (".jsonl", ".json", ".parquet")
+
+Row = Mapping[str, Any]
 
 
-def load(source: str, split: str, count: int, seed: int, suffix: str = "") -> list[Problem]:
+def load(
+    source: str,
+    split: str,
+    count: int,
+    seed: int,
+    suffix: str = "",
+    *,
+    subset: str = "",
+    hub_split: str = "",
+    columns: Mapping[str, str] | None = None,
+    verifier: str = "math",
+    answers: bool = True,
+) -> list[Problem]:
     """The problems of a split.
 
     Args:
-      source: "countdown" for the built-in task, or the path of a JSON-lines file.
+      source: "countdown" for the built-in task; a JSON-lines, JSON or Parquet file; a folder of
+        such files, or one that `datasets` has saved; or the name of a data set of the Hugging Face
+        hub.
       split: "train" or "test"; the built-in task's splits share no class of problems.
-      count: how many to generate (built-in task), or to read at most (file; 0 reads all).
-      seed: of the generator; files ignore it.
+      count: how many to generate (built-in task), or to read at most (else; 0 reads all).
+      seed: of the generator; data sets ignore it.
       suffix: text that ends every prompt.
+      subset: of a data set that has several.
+      hub_split: of a data set that has several, `split` where empty.
+      columns: the columns that hold the fields of `COLUMNS`, found by those names where empty.
+      verifier: of rows that name none.
+      answers: whether every row must have an answer.
 
     Raises:
-      InputError: no count for the built-in task; a bad file, see `read_jsonl`.
+      InputError: no count for the built-in task; a source that cannot be read; a row that is no
+        problem.
     """
     if source == "countdown":
         if count < 1:
             raise InputError(f"data.num_{split}: expected at least 1 of countdown, got {count}")
         problems = countdown.problems(split, count, seed)
     else:
-        problems = read_jsonl(Path(source))
-        problems = problems[:count] if count else problems
+        try:
+            rows = _rows(source, subset, hub_split or split, count)
+        except InputError as error:
+            raise InputError(f"data.{split}: {error}") from error
+        problems = parse(rows, columns or {}, verifier, answers)
     return [dataclasses.replace(p, prompt=p.prompt + suffix) for p in problems]
 
 
-def read_jsonl(path: Path) -> list[Problem]:
-    """One problem a line: an object with a prompt, an answer and perhaps a solution.
+def parse(
+    rows: Mapping[str, Row], columns: Mapping[str, str], verifier: str, answers: bool
+) -> list[Problem]:
+    """The problems in the rows of a data set, by the place of each row.
 
     Raises:
-      InputError: missing or empty file, a line that is no object, or one without prompt or answer.
+      InputError: naming the row and what is wrong with it.
     """
-    if not path.is_file():
-        raise InputError(f"data: expected 'countdown' or a JSON-lines file, got {path}")
+    names = dict.fromkeys(name for row in rows.values() for name in row)
     problems = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data: {path}: expected UTF-8 text, {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            problems.append(_problem(line, f"{path}:{number}"))
-    if not problems:
-        raise InputError(f"data: expected at least one problem, got an empty file: {path}")
-    return problems
+    for where, row in rows.items():
+        try:
+            problem = _problem(code_problems.standard(row), columns, verifier, answers)
+        except InputError as error:
+            raise InputError(f"data: {where}: {error}") from error
+        every_column = {name: row.get(name) for name in names}
+        problems.append(dataclasses.replace(problem, id=where, columns=every_column))
+    ids = [_identifier(row) for row in rows.values()]
+    if None in ids or len(set(ids)) < len(ids):
+        return problems
+    return [dataclasses.replace(p, id=name) for p, name in zip(problems, ids, strict=True)]
 
 
-def _problem(line: str, where: str) -> Problem:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"data: {where}: expected a JSON object, got {line[:60]!r}") from error
-    if not isinstance(row, dict):
-        raise InputError(f"data: {where}: expected a JSON object, got {line[:60]!r}")
+def _identifier(row: Row) -> str | None:
+    values = [_get(row, name) for name in ID_COLUMNS]
+    return next((str(value) for value in values if isinstance(value, str | int)), None)
 
-    def first(columns: Sequence[str]) -> str | None:
-        for column in columns:
-            value = row.get(column)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (value is None or number or is_text(value)):
-                raise InputError(f"data: {where}: {column}: expected text, got {value!r:.60}")
-            if value is not None and str(value).strip():
-                return str(value).strip()
+
+def _problem(row: Row, columns: Mapping[str, str], verifier: str, answers: bool) -> Problem:
+    turns, prompt, chat = _prompt(_value(row, "prompt", columns))
+    verifier = _text("verifier", _value(row, "verifier", columns)) or verifier
+    answer = _value(row, "answer", columns)
+    if isinstance(answer, list | dict) and verifier != "math":  # such as the tests of a program
+        answer = json.dumps(answer)
+    answer = _text("answer", answer)
+    solution = _text("solution", _value(row, "solution", columns))
+    if verifier == "math":
+        answer, solution = _math_answer(answer, solution)
+    for field, value in (("prompt", prompt), ("answer", answer)):
+        if not value and (field == "prompt" or answers):
+            expected = columns.get(field) or f"one of the columns {COLUMNS[field]}"
+            raise InputError(f"{field}: expected {expected} with a value, got {[*row]}")
+    return Problem("", prompt, answer or "", solution, verifier, turns, chat)
+
+
+def _get(row: Any, name: str) -> Any:
+    """The value in a column, whatever the case of its name; None where there is none."""
+    if not isinstance(row, Mapping):
         return None
+    if name in row:
+        return row[name]
+    found = next((value for key, value in row.items() if key.lower() == name.lower()), None)
+    first, dot, rest = name.partition(".")
+    return _get(_get(row, first), rest) if found is None and dot else found
 
-    prompt, answer, solution = map(first, (PROMPT_COLUMNS, ANSWER_COLUMNS, SOLUTION_COLUMNS))
-    if answer is not None and "####" in answer:  # GSM8K: a worked solution, ####, the number
-        working, answer = (part.strip() for part in answer.rsplit("####", 1))
-        solution = solution or working or None
-        if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", answer):
-            answer = answer.replace(",", "")
-    for value, columns in ((prompt, PROMPT_COLUMNS), (answer, ANSWER_COLUMNS)):
-        if not value:
-            raise InputError(f"data: {where}: expected one of the fields {columns}, got {[*row]}")
-    return Problem(where, prompt, answer, solution, str(row.get("verifier", "math")))
+
+def _value(row: Row, field: str, columns: Mapping[str, str]) -> Any:
+    """What a row has for a field, None where it has nothing."""
+    own = columns.get(field, "")
+    if own and _get(row, own) is None:
+        raise InputError(f"data.columns.{field}: expected {own!r} with a value, got {[*row]}")
+    values = [_get(row, name) for name in ([own] if own else COLUMNS[field])]
+    return next((value for value in values if _is_filled(value)), None)
+
+
+def _is_filled(value: Any) -> bool:
+    return value.strip() != "" if isinstance(value, str) else value is not None
+
+
+def _text(field: str, value: Any) -> str | None:
+    number = isinstance(value, numbers.Number) and not isinstance(value, bool)
+    if not (value is None or number or is_text(value)):
+        raise InputError(f"{field}: expected text, got {value!r:.60}")
+    return None if value is None else str(value).strip()
+
+
+def _prompt(value: Any) -> tuple[tuple[tuple[str, str], ...], str | None, bool]:
+    """The turns before the last, the text of the last, and whether the prompt is messages."""
+    if not isinstance(value, list):
+        return (), _text("prompt", value), False
+    turns = [_turn(message) for message in value]
+    if not turns or turns[-1][0] != "user":
+        raise InputError(f"prompt: expected messages that end with the user's, got {value!r:.60}")
+    *before, (_, prompt) = turns
+    return tuple(before), prompt, True
+
+
+def _turn(message: Any) -> tuple[str, str]:
+    role, content = _get(message, "role"), _get(message, "content")
+    if role not in ROLES or not is_text(content):
+        raise InputError(
+            f"prompt: expected text, or messages with a role of {ROLES} and a text as content, "
+            f"got {message!r:.60}"
+        )
+    return role, content.strip()
+
+
+def _math_answer(answer: str | None, solution: str | None) -> tuple[str | None, str | None]:
+    """The final answer, and the worked solution that the data set has around it or beside it.
+
+    GSM8K's answers are a solution, ####, and a number; MATH has solutions with a boxed answer.
+    """
+    text = solution if answer is None else answer
+    if text and "####" in text:
+        working, final = (part.strip() for part in text.rsplit("####", 1))
+        if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", final):
+            final = final.replace(",", "")
+        return final, solution or working or None
+    if text and (final := last_boxed(text)) is not None:
+        rest = text.replace(f"\\boxed{{{final}}}", "")
+        return final, solution or (text if re.search(r"\w", rest) else None)
+    return answer, solution
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last \boxed{...} whose braces are balanced.
+
+    >>> last_boxed(r"\boxed{1}, so \boxed{\frac{1}{2}}")
+    '\\frac{1}{2}'
+    """
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return text[start : start + brace.start()].strip()
+    return None
+
+
+def _rows(source: str, subset: str, split: str, count: int) -> dict[str, Row]:
+    """The first rows of a source by their place; all of them where `count` is 0."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        rows = _read_file(path)
+    elif _is_hub_name(source) or (source and path.is_dir()):  # Path("") is this folder
+        rows = _read_dataset(path, source, subset, split)
+    else:
+        raise InputError(
+            f"expected 'countdown', a {', '.join(FILES)} file, a folder or the name of a data set "
+            f"of the hub, got {source}: no such file or folder"
+        )
+    if not rows:
+        raise InputError(f"expected at least one problem, got an empty data set: {source}")
+    return dict(itertools.islice(rows.items(), count or None))
+
+
+def _is_hub_name(source: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source)) and not source.endswith(FILES)
+
+
+def _read_file(path: Path) -> dict[str, Row]:
+    read = _read_parquet if path.suffix == ".parquet" else _read_json
+    try:
+        values = read(path)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+    for number, value in values.items():
+        if not isinstance(value, dict):
+            raise InputError(f"{path}:{number}: expected a JSON object, got {str(value)[:60]!r}")
+    return {f"{path}:{number}": row for number, row in values.items()}
+
+
+def _read_parquet(path: Path) -> dict[int, Any]:
+    return dict(enumerate(_optional("pyarrow.parquet").read_table(path).to_pylist(), start=1))
+
+
+def _read_json(path: Path) -> dict[int, Any]:
+    """The values of a list, or of lines, by their numbers; a line that is no JSON as it is."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        return dict(enumerate(json.loads(text), start=1))
+    lines = enumerate(text.split("\n"), start=1)
+    return {number: _parse(line) for number, line in lines if line.strip()}
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+def _read_dataset(path: Path, source: str, subset: str, split: str) -> dict[str, Row]:
+    datasets = _optional("datasets")
+    try:
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(path)
+        elif path.is_dir():
+            found = datasets.load_dataset(str(path), subset or None)
+        else:
+            found = datasets.load_dataset(source, subset or None)
+    except Exception as error:  # of the file system, the network, any parser
+        what = "the folder" if path.is_dir() else "no file or folder here, and the hub's"
+        raise InputError(f"{what} {source} cannot be loaded: {first_line(error)}") from error
+    if isinstance(found, datasets.DatasetDict):
+        if split not in found:
+            raise InputError(f"{source} has the splits {sorted(found)}, and not {split!r}")
+        found = found[split]
+    return {f"{source}[{split}]:{i}": row for i, row in enumerate(found.to_list())}
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)  # seconds to import
+    except ImportError as error:
+        raise InputError(
+            f"this data set needs a package that is missing: pip install 'jaxrl_sd[data]' ({error})"
+        ) from error
 
 
 def shuffled(problems: Sequence[Problem], seed: int) -> grain.MapDataset:

@@ -1,7 +1,7 @@
 """Problems -> samples -> verdicts -> grades."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,6 +12,9 @@ from jaxrl_sd.sampler import Samples
 from jaxrl_sd.tokens import Template
 from jaxrl_sd.types import Array, Problem, Rollouts, Sample
 from jaxrl_sd.verify.pool import VerifierPool
+from jaxrl_sd.verify.reward import RewardFunctions
+
+Judge = VerifierPool | RewardFunctions
 
 
 def encode(
@@ -22,7 +25,7 @@ def encode(
     Raises:
       InputError: a prompt is longer than `width`.
     """
-    prompts = [tokens.render_within(tokenizer, template, p.prompt, {}, width)[0] for p in problems]
+    prompts = [tokens.render_within(tokenizer, template, p, {}, width)[0] for p in problems]
     return tokens.left_pad(prompts, width, tokenizer.pad_token_id)
 
 
@@ -31,13 +34,16 @@ def verify(
     samples: Samples,
     tokenizer,
     stop_ids: Sequence[int],
-    pool: VerifierPool,
-) -> tuple[list[list[Sample]], dict[str, float]]:
-    """Texts and verdicts of every sample, by group, and counts of verifier failures.
+    pool: Judge,
+) -> list[list[Sample]]:
+    """Texts and verdicts of every sample, by group.
 
     Args:
       problems: P problems.
       samples: P x G, on the host.
+
+    Raises:
+      InputError: a verifier's name is unknown, or a reward function fails.
     """
     group_size = samples.response.shape[1]
     asked = [problem for problem in problems for _ in range(group_size)]
@@ -48,21 +54,14 @@ def verify(
         )
     ]
     texts = [tokens.response_text(tokenizer, row, stop_ids) for row in ids]
-    verdicts = pool.grade(
-        [(p.verifier, p.prompt, p.answer, text) for p, text in zip(asked, texts, strict=True)]
-    )
+    verdicts = pool.judge(asked, texts, ids)
     out = [
-        Sample(row, text, verdict.correct, bool(truncated), verdict.feedback)
+        Sample(row, text, truncated=bool(truncated), **verdict._asdict())
         for row, text, verdict, truncated in zip(
             ids, texts, verdicts, samples.truncated.ravel(), strict=True
         )
     ]
-    groups = [out[i : i + group_size] for i in range(0, len(out), group_size)]
-    metrics = {
-        f"verifier/{status}": sum(v.status == status for v in verdicts)
-        for status in ("timeout", "error")
-    }
-    return groups, metrics
+    return [out[i : i + group_size] for i in range(0, len(out), group_size)]
 
 
 def grade(
@@ -81,6 +80,7 @@ def grade(
     verdicts = Verdicts(
         correct=np.array([s.correct is True for s in rows]),
         graded=np.array([s.correct is not None for s in rows]),
+        score=np.array([0.0 if s.correct is None else s.score for s in rows], np.float64),
         length=samples.length.reshape(-1),
         truncated=samples.truncated.reshape(-1),
         group_size=G,
@@ -117,7 +117,7 @@ def join(parts: Sequence[Rollouts], num_groups: int) -> Rollouts:
 
 
 def describe(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
-    """Accuracy, kinds of groups, length and truncation of everything that was sampled."""
+    """Accuracy, scores, kinds of groups, length and truncation of everything that was sampled."""
     samples = [sample for group in groups for sample in group]
     verdicts = [[s.correct for s in group if s.correct is not None] for group in groups]
     shares = [np.mean(group) for group in verdicts if group]
@@ -128,51 +128,79 @@ def describe(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
 
     return {
         "rollout/accuracy": mean(graded),
+        "rollout/score": mean([s.score for s in samples if s.correct is not None]),
         "rollout/all_correct": mean([share == 1 for share in shares]),
         "rollout/all_wrong": mean([share == 0 for share in shares]),
         "rollout/mixed": mean([0 < share < 1 for share in shares]),
         "rollout/length": mean([len(s.ids) for s in samples]),
         "rollout/truncated": mean([s.truncated for s in samples]),
         "rollout/ungraded": mean([s.correct is None for s in samples]),
+        **failures(samples),
+        **rewards(samples),
     }
 
 
-def measure(
+def rewards(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean of each reward function, and how many answers it could not score."""
+    metrics = {}
+    for name in samples[0].rewards if samples else ():
+        given = [s.rewards[name] for s in samples]
+        scored = [value for value in given if value is not None]
+        metrics[f"reward/{name}"] = float(np.mean(scored)) if scored else float("nan")
+        metrics[f"reward/{name}_none"] = len(given) - len(scored)
+    return metrics
+
+
+def failures(samples: Sequence[Sample]) -> dict[str, int]:
+    """How many answers the verifier could not judge, and why."""
+    counts = Counter(sample.status for sample in samples)
+    return {f"verifier/{status}": counts[status] for status in ("timeout", "error")}
+
+
+def answer(
     draw: Callable[[Array, np.ndarray, np.ndarray], Samples],
     key: Array,
     problems: Sequence[Problem],
     tokenizer,
     template: Template,
-    pool: VerifierPool,
+    pool: Judge,
     *,
     max_prompt: int,
     batch: int,
     stop_ids: Sequence[int],
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Verdicts of k answers to each problem, for evaluation.
+    first: int = 0,
+) -> Iterator[list[list[Sample]]]:
+    """The graded answers to `batch` problems after `batch` problems, from number `first` on.
+
+    They depend on the key and the numbers of their problems alone, so a part that was interrupted
+    is repeated exactly.
 
     Args:
       draw: (key, prompts, prompt lengths) -> samples of `batch` prompts.
-      batch: prompts sampled at a time; the last batch is filled up with its last problem.
-
-    Returns:
-      f64[N, k], 1 correct, 0 wrong, NaN where the verifier could not decide; and metrics.
+      batch: problems at a time; the last batch is filled up with its last problem.
+      first: a multiple of `batch`.
     """
-    verdicts, length, truncated, failures = [], [], [], Counter()
-    for i in range(0, len(problems), batch):
+    for i in range(first, len(problems), batch):
         part = list(problems[i : i + batch])
         padded = part + part[-1:] * (batch - len(part))
         prompt = encode(padded, tokenizer, template, max_prompt)
         samples = jax.device_get(draw(jax.random.fold_in(key, i), *prompt))
         samples = Samples(**{name: x[: len(part)] for name, x in vars(samples).items()})
-        groups, counts = verify(part, samples, tokenizer, stop_ids, pool)
-        failures.update(counts)
-        verdicts += [[np.nan if s.correct is None else s.correct for s in g] for g in groups]
-        length.append(samples.length)
-        truncated.append(samples.truncated)
+        yield verify(part, samples, tokenizer, stop_ids, pool)
+
+
+def measure(groups: Sequence[Sequence[Sample]]) -> tuple[np.ndarray, dict[str, float]]:
+    """Verdicts of k answers to each of N problems, and metrics.
+
+    Returns:
+      f64[N, k], 1 correct, 0 wrong, NaN where the verifier could not decide; and metrics.
+    """
+    verdicts = [[np.nan if s.correct is None else s.correct for s in group] for group in groups]
+    samples = [sample for group in groups for sample in group]
     metrics = {
-        "length": float(np.concatenate(length).mean()),
-        "truncated": float(np.concatenate(truncated).mean()),
-        **failures,
+        "length": float(np.mean([len(sample.ids) for sample in samples])),
+        "truncated": float(np.mean([sample.truncated for sample in samples])),
+        **failures(samples),
+        **rewards(samples),
     }
     return np.array(verdicts, np.float64), metrics

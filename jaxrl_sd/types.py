@@ -5,6 +5,7 @@ p), S prompt tokens, T response tokens, V vocabulary. Suffix `_t`: one value per
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -29,18 +30,22 @@ class Problem:
     """One problem as the data set has it. `verifier` names an entry of `verify.VERIFIERS`."""
 
     id: str
-    prompt: str  # what the student is asked, as the text of one user turn
+    prompt: str  # what the student is asked, as the text of the last user turn
     answer: str  # what the verifier compares with; also what an `answer` context shows
     solution: str | None = None  # a worked solution, for contexts that show one
     verifier: str = "math"
+    turns: tuple[tuple[str, str], ...] = ()  # (role, text) of the conversation before `prompt`
+    chat: bool = False  # whether the data set has a list of messages and no text as the prompt
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)  # the row
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One sampled answer with its verdict, on the host.
 
-    `correct` is None when the verifier could not decide (it hung or failed): such a row takes no
-    part in its group's statistics and is not trained on. It is never counted as wrong.
+    `correct` and `score` are None when the verifier could not decide (it hung or failed), or no
+    reward function could score the answer: such a row takes no part in its group's statistics and
+    is not trained on. It is never counted as wrong.
     """
 
     ids: tuple[int, ...]  # response tokens, the stop token included
@@ -48,6 +53,9 @@ class Sample:
     correct: bool | None
     truncated: bool  # the length limit came before a stop token
     feedback: str = ""  # what the verifier said about a failure, "" where it says nothing
+    status: str = "ok"  # of the verdict: ok, timeout, error or none
+    score: float | None = None  # 1 or 0 from a verifier, any number from reward functions
+    rewards: Mapping[str, float | None] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @flax.struct.dataclass

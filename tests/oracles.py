@@ -32,6 +32,10 @@ class Case(NamedTuple):
     max_length: int | None = None  # tokens
     detached: np.ndarray | None = None  # f64[B, T, V], `student` as sg[.] sees it; None: the same
 
+    @property
+    def score(self) -> np.ndarray:
+        return np.where(self.correct & self.graded, 1.0, 0.0)
+
 
 class Result(NamedTuple):
     loss_t: np.ndarray  # f64[B, T], its sum is the loss; row i depends on the student's row i only

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-MODULES = ["stats", "losses", "groups", "vocabulary"]
+MODULES = ["stats", "losses", "groups", "vocabulary", "data"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -16,6 +16,7 @@ P, G, T, S = 3, 2, 4, 3
 LENGTH = np.array([[1, 4], [2, 4], [3, 0]])
 TRUNCATED = np.array([[False, True], [False, False], [False, False]])
 VERDICTS = [[True, None], [False, False], [True, False]]
+SCORE = {True: 1.0, False: 0.0, None: None}
 
 
 def draw():
@@ -24,7 +25,7 @@ def draw():
     samples = Samples(number, LENGTH, TRUNCATED, -0.1 * number, -0.2 * number)
     groups = [
         [
-            Sample(tuple(ids[:n].tolist()), "", verdict, cut)
+            Sample(tuple(ids[:n].tolist()), "", verdict, cut, score=SCORE[verdict])
             for ids, n, verdict, cut in zip(*rows, strict=True)
         ]
         for rows in zip(number, LENGTH, VERDICTS, TRUNCATED, strict=True)
@@ -51,7 +52,7 @@ def test_rows_are_group_major_and_masks_follow_lengths_and_verdicts():
 
 def test_a_rule_decides_what_trains_and_sees_what_it_needs():
     prompt, length, samples, groups = draw()
-    groups[0][1] = Sample((10, 11, 12, 13), "", True, True)  # graded, but truncated
+    groups[0][1] = Sample((10, 11, 12, 13), "", True, True, score=1.0)  # but truncated
     rows, _ = rollout.grade(prompt, length, samples, groups, verdict_reward_untruncated)
     np.testing.assert_array_equal(rows.mask_t.sum(axis=1), [1, 0, 2, 4, 3, 0])
     np.testing.assert_array_equal(rows.correct, [1, 1, 0, 0, 1, 0])
@@ -88,15 +89,19 @@ def test_kept_groups_of_several_rounds_fill_a_batch():
 
 def test_description_of_everything_that_was_sampled():
     *_, groups = draw()
+    groups[0][1] = replace(groups[0][1], status="timeout")
     got = rollout.describe([*groups, [Sample((), "", None, False)] * 2])
     want = {
         "rollout/accuracy": 2 / 5,
+        "rollout/score": 2 / 5,
         "rollout/all_correct": 1 / 3,  # of the groups with a verdict
         "rollout/all_wrong": 1 / 3,
         "rollout/mixed": 1 / 3,
         "rollout/length": 14 / 8,
         "rollout/truncated": 1 / 8,
         "rollout/ungraded": 3 / 8,
+        "verifier/timeout": 1,
+        "verifier/error": 0,
     }
     assert got.keys() == want.keys()
     for name, value in want.items():

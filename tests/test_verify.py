@@ -13,17 +13,14 @@ from pathlib import Path
 import pytest
 
 from jaxrl_sd.types import InputError
-from jaxrl_sd.verify import VERIFIERS, countdown, math
-from jaxrl_sd.verify.pool import Verdict, VerifierPool
+from jaxrl_sd.verify import VERIFIERS, countdown
+from jaxrl_sd.verify.pool import Outcome, Verdict, VerifierPool
 
-RIGHT, WRONG = Verdict(True, "ok"), Verdict(False, "ok")
+RIGHT, WRONG = Verdict(True, "ok", "", 1.0), Verdict(False, "ok", "", 0.0)
 TIMEOUT, ERROR = Verdict(None, "timeout"), Verdict(None, "error")
 
-# Math-Verify runs on this for more than a minute, in C code that no signal handler interrupts.
-ENDLESS = r"\boxed{\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}}"
-
 UNRULY = """
-    import ctypes, os, sys, time
+    import ctypes, mmap, os, sys, time
 
     def equal(prompt, answer, response):
         return answer == response
@@ -48,6 +45,19 @@ UNRULY = """
 
     def explain(prompt, answer, response):
         return answer == response, f"expected {answer}"
+
+    def symbol(prompt, answer, response):
+        return lambda: answer == response  # true, and of a kind that no other process knows
+
+    def inverse(x):
+        time.sleep(x if x > 1 else 0)
+        return 1 / x
+
+    def opaque():
+        return lambda: None
+
+    def reserve(size):
+        return len(mmap.mmap(-1, size))
 
     def sees_jax(prompt, answer, response):
         return any(name in sys.modules for name in ("jax", "math_verify", "pytest"))
@@ -96,15 +106,41 @@ def test_an_answer_that_hangs_costs_itself_only(unruly):
 def test_a_verifier_may_say_what_went_wrong(unruly):
     with VerifierPool(workers=1, timeout_s=20) as pool:
         verdicts = pool.grade([job("explain"), job("explain", "2"), job("equal", "2")])
+        assert pool.grade([job("symbol")]) == [RIGHT]
     assert [v.correct for v in verdicts] == [True, False, False]
     assert [v.feedback for v in verdicts] == ["expected 1", "expected 1", ""]
 
 
-def test_math_verify_can_be_stopped():
-    texts = [r"\boxed{72}", ENDLESS, r"\boxed{36 \cdot 2}", r"\boxed{7}"]
-    with VerifierPool(workers=1, timeout_s=3) as pool:
-        verdicts = pool.grade([("math", "", "72", text) for text in texts])
-    assert verdicts == [RIGHT, TIMEOUT, RIGHT, WRONG]
+def test_any_function_can_be_called_on_many_arguments(unruly):
+    arguments = [("", str(i), "1") for i in range(20)]
+    with VerifierPool(workers=2, timeout_s=20) as pool:
+        assert pool.map("unruly:equal", arguments) == [i == 1 for i in range(20)]
+        assert pool.map("unruly:equal", []) == []
+        assert pool.map("operator:add", [(1, 2), ("a", "b")]) == [3, "ab"]
+        with pytest.raises(RuntimeError, match="cannot be imported: ModuleNotFoundError"):
+            pool.map("no_such_module:f", [()])
+
+
+def test_a_call_that_fails_or_hangs_costs_itself_only(unruly):
+    calls = [(1,), (0,), (1000,), (1,)]
+    with VerifierPool(workers=1, timeout_s=0.5) as pool:
+        assert pool.map("unruly:inverse", calls) == [1.0, None, None, 1.0]
+        assert pool.run("unruly:inverse", calls) == [
+            Outcome(1.0, "ok"),
+            Outcome(None, "error", "ZeroDivisionError: division by zero"),
+            Outcome(None, "timeout"),
+            Outcome(1.0, "ok"),
+        ]
+        # What cannot be sent is lost with its worker, and nothing else is.
+        assert [o.status for o in pool.run("unruly:opaque", [()] * 2)] == ["error"] * 2
+        assert pool.map("unruly:inverse", calls[:1]) == [1.0]
+
+
+def test_memory_is_bounded_where_it_is_asked_for(unruly):
+    with VerifierPool(workers=1, timeout_s=20, memory_bytes=1 << 30) as pool:
+        assert pool.map("unruly:reserve", [(1 << 20,), (1 << 31,)]) == [1 << 20, None]
+    with VerifierPool(workers=1, timeout_s=20, memory_bytes=None) as pool:
+        assert pool.map("unruly:reserve", [(1 << 33,)]) == [1 << 33]
 
 
 @pytest.mark.parametrize("name", ["fail", "leave", "crash", "allocate"])
@@ -268,145 +304,3 @@ def test_countdown_reads_the_last_problem_of_the_prompt():
     assert countdown.verify(prompt, "", "4 * 7 = 28 ; 28 + 4 = 32")
     with pytest.raises(ValueError, match="prompt: got 'Solve it'"):
         countdown.verify("Solve it", "", "4 * 7 = 28")
-
-
-FORMS = {
-    "boxed": r"Some $x=5$ first, then \boxed{7}. In the end \boxed{%s}.",
-    "inline": "First 12 of them.\nThe final answer is $%s$.",
-    "plain": "First 12 of them.\nThe answer is %s.",
-    "alone": "%s",
-}
-
-
-def verdicts(answer: str, final: str) -> dict[str, bool]:
-    return {form: math.verify("", answer, text % final) for form, text in FORMS.items()}
-
-
-@pytest.mark.parametrize(
-    "answer, final",
-    [
-        # Math-Verify 0.9.0 calls these different, at least as plain text
-        (r"e^{16}-1", "-1 + exp(16)"),
-        (r"\frac{\pi}{2}", "pi/2"),
-        (r"14-i", "14.0 + -1.0i"),
-        (r"-2\pi", "-2*pi"),
-        (r"4\sqrt2", "4√2"),
-        (r"\frac{1+\sqrt5}{2}", "(1+sqrt(5))/2"),
-        (r"e^{2(x+1)}", "e^(2(x+1))"),
-        (r"\ln 2", "ln(2)"),
-        ("2^{10}", "2**10"),
-        ("-3.5", "-3 1/2"),
-        ("90", "90°"),
-        (r"x=2k\pi", r"x=2n\pi"),
-        (r"\frac{\pi}{2}+2k\pi, k \in \mathbb{Z}", r"2n\pi+\pi/2 (n \in \mathbb Z)"),
-        (r"1,2,\ldots,n", "1, 2, ..., n"),
-        # and these equal, as they are
-        ("1/2004!", r"\frac{1}{2004!}"),
-        ("2^{-99}", r"\frac{1}{2^{99}}"),
-        (r"1:2:3:\ldots", r"1:2:3:\cdots"),
-        ("3x-y+13=0", "3*x-1*y+13=0"),
-        (r"4\sqrt{2}", r"\sqrt{32}"),
-        ("101_2", "101_{2}"),
-        ("1011", "1011_2"),
-        (r"\frac13", "0.333333"),
-        (r"\frac{1}{2}", "0.5"),
-        ("1,000", "1000"),
-        ("1000", "1 000"),
-        ("75", r"75\%"),
-        (r"x^2+2x", "x(x+2)"),
-        ("x^2/4 + y^2/3 = 1", "x^2/16 + y^2/12 = 1/4"),
-        (r"\{1,2\}", r"\{2,1\}"),
-        ("[1,2)", "[1, 2)"),
-        ("D", "(D)"),
-        ("12:00", "12:00"),
-        ("$x \\le 2$", "x≤2"),
-    ],
-)
-def test_equal_answers(answer, final):
-    assert verdicts(answer, final) == dict.fromkeys(FORMS, True)
-
-
-@pytest.mark.parametrize(
-    "answer, final",
-    [
-        # Math-Verify 0.9.0 calls these equal, at least as plain text
-        ("1/2004!", "1/2006!"),
-        ("2^{-99}", "2^{-98}"),
-        ("x=2^{-99}", "x=2^{-98}"),
-        ("0.0000001", "0.0000002"),
-        (r"1,2,\ldots,n", r"1,3,\ldots,2n-1"),
-        ("1, 2, ..., n", "1, 3, ..., 2n-1"),
-        (r"1:2:3:\ldots", r"1:4:9:\ldots"),
-        ("2", r"1 + 2 + \cdots + n"),
-        ("3*x-1*y+13=0", "3x + 4y + 14=0"),
-        ("4", r"4\sqrt2"),
-        ("4", r"4\sqrt(2)"),
-        ("4", "4√2"),
-        ("101_2", "101"),
-        ("101_2", "101_3"),
-        ("-1", "-1 + exp(16)"),
-        ("-2", "-2*pi"),
-        # and these different, as they are
-        (r"\frac{\pi}{3}", "pi/2"),
-        ("14", "14.0 + -1.0i"),
-        (r"x=2k\pi", r"x=3n\pi"),
-        ("n", "k"),
-        ("2^{100}", "2^{100}+1"),
-        (r"\sqrt{2}", "1.414"),
-        ("[1,2]", "(1,2)"),
-        ("x=1", "y=1"),
-        ("31/2", "3 1/2"),
-        ("72", ""),
-    ],
-)
-def test_different_answers(answer, final):
-    assert verdicts(answer, final) == dict.fromkeys(FORMS, False)
-
-
-@pytest.mark.parametrize(
-    "response, correct",
-    [
-        ("48 + 24 = 72 clips.\n#### 72", True),
-        ("#### 71\n#### 72.", True),
-        ("#### 72\n#### 71", False),
-        ("#### 72 clips", True),
-        ("The answer is 72.", True),
-        ("The answer is $72.", True),
-        ("The answer is 72...", True),
-        ("The answer is 72 clips, 24 more than 48.", True),
-        ("Of 90 clips\n\n**Final Answer: 72**", True),
-        ("The answer is 71. No: the answer is 72.", True),
-        (r"It is \boxed{72}.", True),
-        (r"The answer is 71, no, \boxed{72}.", True),
-        (r"\boxed{72}. The answer was 71 first, so again \boxed{71}", False),
-        (r"The answer is 72, so \boxed{71}.", False),
-        (r"\boxed{072}", True),
-        (r"\boxed{}", False),
-        ("I do not know.", False),
-        ("", False),
-    ],
-)
-def test_where_the_final_answer_is(response, correct):
-    assert math.verify("How many clips?", "72", response) is correct
-
-
-def test_a_parameter_that_the_problem_names_keeps_its_name():
-    assert math.verify("Solve sin x = 0.", r"x=k\pi", r"\boxed{x=n\pi}")
-    assert not math.verify("Let $n$ and $k$ be integers.", r"x=k\pi", r"\boxed{x=n\pi}")
-
-
-def test_an_answer_may_be_marked_or_delimited():
-    for answer in ("$72$", r"\(72\)", r"so it is \boxed{72}.", "24 + 48 = 72\n#### 72"):
-        assert math.verify("", answer, r"\boxed{72}")
-        assert not math.verify("", answer, r"\boxed{24}")
-
-
-def test_a_final_answer_far_longer_than_the_reference_is_wrong():
-    assert math.verify("", "72", r"\boxed{72" + " + 0" * 10 + "}")
-    assert not math.verify("", "72", r"\boxed{72" + " + 0" * 200 + "}")
-
-
-@pytest.mark.parametrize("answer", ["", "  ", "$ $", r"\boxed{}"])
-def test_an_empty_reference_answer_is_an_error(answer):
-    with pytest.raises(ValueError, match="answer: got"):
-        math.verify("", answer, r"\boxed{72}")

@@ -45,6 +45,7 @@ class Verdicts(NamedTuple):
 
     correct: np.ndarray  # bool[B], False also where not graded
     graded: np.ndarray  # bool[B], False: the verifier could not decide
+    score: np.ndarray  # f64[B], 1 correct and 0 wrong, or a weighted sum of reward functions
     length: np.ndarray  # i32[B], tokens, the stop token included
     truncated: np.ndarray  # bool[B], no stop token within `max_length` tokens
     group_size: int
@@ -60,9 +61,9 @@ class Grades(NamedTuple):
 
 
 def verdict_reward(verdicts: Verdicts) -> Grades:
-    """Reward 1 for a correct row and 0 for a wrong one; every row trains, every group is kept."""
-    correct, kept = verdicts.correct, np.ones(len(verdicts.correct) // verdicts.group_size, bool)
-    return Grades(correct.astype(np.float32), np.ones_like(correct), kept)
+    """The reward is the score; every row trains, every group is kept."""
+    score, kept = verdicts.score, np.ones(len(verdicts.score) // verdicts.group_size, bool)
+    return Grades(score.astype(np.float32), np.ones(len(score), bool), kept)
 
 
 def verdict_reward_untruncated(verdicts: Verdicts) -> Grades:

@@ -1,6 +1,6 @@
 """DAPO: decoupled clip and dynamic sampling policy optimisation (arXiv 2503.14476).
 
-    R_i  = +-1 by the verdict + overlong penalty                                  Eq. 13
+    R_i  = 2 score - 1 + overlong penalty                                         Eq. 13
     A_i  = (R_i - mean R) / (std R + 1e-6),  groups with 0 < #correct < G only    Eq. 9, 11
     loss = - mean over tokens of min(rho A, clip(rho, 1 - .2, 1 + .28) A)         Eq. 8
 
@@ -12,6 +12,7 @@ Deviations from the paper:
     averaged, as in the released code.
   - A group is dropped by its verdicts, before the length penalty, as in the released code; one
     whose only spread is in answers that could not be graded is dropped too.
+  - The paper's reward is +-1 by the verdict, which the scores 1 and 0 give.
   - The paper's length limits (20480, of which 4096 are penalised) are expressed by
     `rollout.max_response` and a fifth of it. At the limit the penalty is -1, as everywhere beyond.
   - 16 updates a batch, and 512 prompts by 16 samples, are settings of the run
@@ -52,7 +53,7 @@ def dapo(
                 f"overlong_buffer: expected at least 0 and less than the {limit} tokens of a "
                 f"response, got {buffer}"
             )
-        reward = np.where(verdicts.correct, 1.0, -1.0)
+        reward = 2 * verdicts.score - 1
         if buffer:
             reward = reward + np.asarray(losses.overlong_penalty(verdicts.length, limit, buffer))
         return Grades(reward, np.ones_like(verdicts.correct), mixed_groups(verdicts))

@@ -11,4 +11,12 @@ hang or crash whatever tries to understand it.
 VERIFIERS: dict[str, str] = {
     "math": "jaxrl_sd.verify.math:verify",
     "countdown": "jaxrl_sd.verify.countdown:verify",
+    "code": "jaxrl_sd.verify.code:verify",
 }
+
+# Functions that raise RuntimeError where the machine lacks what a verifier needs.
+MACHINE_CHECKS: dict[str, str] = {"code": "jaxrl_sd.verify.sandbox:check"}
+
+# Functions `final_answer(response: str) -> str | None` that give equal answers equal texts. Where a
+# verifier has none, its answers cannot be put to a vote (maj@k).
+FINAL_ANSWERS: dict[str, str] = {"math": "jaxrl_sd.verify.math:final_answer"}
