@@ -4,10 +4,14 @@ Math-Verify reads LaTeX well and plain text badly: it takes the first number out
 `4√2`. So a final answer is rewritten as LaTeX and handed over whole. Four of its equalities are
 checked again: numbers that differ below its rounding (`1/2004!` and `1/2006!`), sequences with
 dots, numerals with a base (`101_2` and 101), and names of a family's parameter (`2k\\pi`).
+Whatever would take long to parse or to evaluate is compared as text only.
 """
 
 import logging
+import math
 import re
+from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 import math_verify
@@ -20,6 +24,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 MAX_EXTRA_CHARS = 500  # a final answer that is longer than the reference by more is wrong
 MAX_TAIL_CHARS = 4000  # how much of a response without \boxed is searched, from its end
 FLOAT_TOLERANCE = 1e-2  # relative; on top of Math-Verify's six decimals, for decimals near 0
+MAX_DIGITS = 20_000  # of a power or a factorial; beyond, an answer is compared as text
+MAX_NESTING = 15  # of brackets; beyond, too: parsing takes exponential time
 
 _EXTRACTION = (
     math_verify.LatexExtractionConfig(boxed_match_priority=0),
@@ -39,6 +45,10 @@ def verify(prompt: str, answer: str, response: str) -> bool:
     last "answer is" or "answer:", or the last line, where that is a formula; otherwise whatever
     Math-Verify finds. `prompt` only tells whether the letter of a parameter has a meaning.
 
+    Wrong by rule, whatever it may be worth: a final answer that is longer than the reference by
+    `MAX_EXTRA_CHARS`, or is spelt differently where it or the reference nests brackets deeper than
+    `MAX_NESTING` or holds a power or a factorial of more than `MAX_DIGITS` digits.
+
     Raises:
       ValueError: `answer` is empty.
     """
@@ -53,25 +63,49 @@ def verify(prompt: str, answer: str, response: str) -> bool:
         return False
     if _same(gold, found):
         return True
+    if found.endswith("!") and _marked(response) is None:  # no factorial but an exclamation
+        return _same(gold, found.rstrip("!"))
     families = _name_parameter(prompt, gold), _name_parameter(prompt, found)
     return families != (gold, found) and _same(*families)
 
 
+def final_answer(response: str) -> str | None:
+    """The final answer of `response`, spelt so that equal texts are equal answers.
+
+    Numbers are fractions in lowest terms, LaTeX is stripped of spacing and synonyms; `x^2+x` and
+    `x(x+1)` stay two answers. Without a mark or a formula it is the last number of the response,
+    None where there is none or it is longer than `MAX_TAIL_CHARS`.
+    """
+    found = _final_answer(response)
+    if found is None:
+        in_prose = _strip_delimiters("".join(_IN_PROSE.findall(response[-MAX_TAIL_CHARS:])[-1:]))
+        found = in_prose if _is_formula(in_prose) else ""
+    text = _canonical(_strip_delimiters(found)) if len(found) <= MAX_TAIL_CHARS else ""
+    return text or None
+
+
 _BOLD = re.compile(r"(?<![\w)])\*\*(.+?)\*\*(?![\w(])")
+_HOPE = re.compile(r"(?i)final answer is:? *([^\n]+?)\.? *I hope it is correct")
 _PHRASE = re.compile(r"(?i)answer(?: +is| *:) *:?([^\n]+)")
 _DELIMITED = re.compile(r"\$\$(.+)\$\$|\$(.+)\$|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
+_ENDING = re.compile(r"(?<=[^\s,.\\])\s*(?:\.|\\\\)+$")  # a full stop, but not "1, 2, ..."
 _NAMES = r"(?:pi|exp|sqrt|log|ln|sin|cos|tan)"
-_NOT_WORDS = re.compile(rf"\\text *\{{[^}}]*\}}|\\[a-zA-Z]+|{_NAMES}(?![a-zA-Z])")
+_TEXT = r"\\(?:text(?:bf|rm|it)?|math(?:rm|bf)|mbox)"
+_NOT_WORDS = re.compile(
+    rf"(?:{_TEXT}|\\begin|\\end) *\{{[^}}]*\}}|\\[a-zA-Z]+|{_NAMES}(?![a-zA-Z])"
+)
 _FORMULA = re.compile(r"[ -#%-~√π\u00d7·\u2212∞°≤≥∈\u2124…]+")  # one line, and no $
 
 
 def _final_answer(response: str) -> str | None:
-    marked = _marked(response)
-    if marked is not None:
+    tail = response[-MAX_TAIL_CHARS:]
+    hoped = "".join(_HOPE.findall(tail)[-1:])  # how the few-shot examples of Minerva end
+    marked = _marked(response) if _marked(hoped) is None else _marked(hoped)
+    if marked is not None and not _is_formula(_strip_delimiters(hoped)):
         return marked
-    tail = _BOLD.sub(r"\1", response[-MAX_TAIL_CHARS:]).strip()
+    tail = _BOLD.sub(r"\1", tail).strip()
     phrases = _PHRASE.findall(tail)
-    for text in [*phrases[-1:], tail.rsplit("\n")[-1]]:
+    for text in [hoped, *phrases[-1:], tail.rsplit("\n")[-1]]:
         text = _strip_delimiters(text)
         if _is_formula(text):
             return text
@@ -80,19 +114,21 @@ def _final_answer(response: str) -> str | None:
 
 def _marked(text: str) -> str | None:
     if "\\boxed" in text or "\\fbox" in text:
-        return extract_boxed_content(text, mode="last")
+        return _strip_delimiters(extract_boxed_content(text, mode="last"))
     _, mark, rest = text.rpartition("####")
     rest = _strip_delimiters(rest.strip().partition("\n")[0])
     return rest if mark and _is_formula(rest) else None
 
 
 def _strip_delimiters(text: str) -> str:
-    text = re.sub(r"(?<=[^\s,.])\.+$", "", text.strip()).lstrip("= ")  # but not "1, 2, ..."
+    text = _ENDING.sub("", text.strip()).lstrip("= ")
     match = _DELIMITED.fullmatch(text)
-    return next(filter(None, match.groups())).strip() if match else text
+    return _ENDING.sub("", next(filter(None, match.groups())).strip()) if match else text
 
 
 def _is_formula(text: str) -> bool:
+    if len(text) > MAX_TAIL_CHARS:
+        return False
     has_words = re.search(r"[a-zA-Z]{2}", _NOT_WORDS.sub(" ", text)) is not None
     has_value = re.search(r"[0-9a-zA-Zπ∞]", text) is not None
     return _FORMULA.fullmatch(text) is not None and has_value and not has_words
@@ -116,8 +152,11 @@ _REWRITES = [
 ]
 _DOTS = re.compile(r"\\[lc]?dots[bcmi]?(?![a-zA-Z])|\.\.\.+|…")
 _FORMULAS_IN_PROSE = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
+_NUMBER = r"(?<![\w.)-])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?"
+_IN_PROSE = re.compile(rf"{_FORMULAS_IN_PROSE.pattern}|{_NUMBER}", re.DOTALL)
 
 
+@lru_cache(maxsize=64)  # a group of responses shares its reference answer
 def _read(text: str) -> _Answer:
     return _Answer(text, _parse(f"\\boxed{{{_to_latex(text)}}}"))
 
@@ -128,6 +167,8 @@ def _read_prose(text: str) -> _Answer:
 
 
 def _parse(text: str) -> list:
+    if _is_costly(text):
+        return []
     return math_verify.parse(text, _EXTRACTION, parsing_timeout=None)
 
 
@@ -138,26 +179,84 @@ def _to_latex(text: str) -> str:
     return text
 
 
-_INTEGER = re.compile(r"-?[0-9]+|-?[1-9][0-9]{0,2}(?:[ ,][0-9]{3})+")
 _SEQUENCE = re.compile(rf"[,:+*] *(?:{_DOTS.pattern})")
 _BASE = re.compile(r"(?<![a-zA-Z0-9_])[0-9]+ *_ *\{? *[0-9]+")
 
 
 def _same(gold: str, found: str) -> bool:
     """Whether two final answers are equal."""
-    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(found):
-        gold, found = (re.sub("[ ,]", "", text) for text in (gold, found))
-        return int(gold) == int(found)
-    if _normal(gold) == _normal(found):
+    texts = _canonical(gold), _canonical(found)
+    if texts[0] == texts[1]:
         return True
+    if texts[0][1:-1] == texts[1][1:-1] and all(re.match(r"[(\[].*,", text) for text in texts):
+        return False  # Math-Verify takes `[2,1]` and `(2,1)` for the same empty interval
+    if _DECIMAL_COMMA.fullmatch(gold) and "." in found:
+        gold = gold.replace(",", ".")
+    if _DECIMAL_COMMA.fullmatch(found) and "." in gold:
+        found = found.replace(",", ".")
+    numbers = [number for number in (_rational(gold), _rational(found)) if number is not None]
+    tolerance = FLOAT_TOLERANCE if "." in gold + found else 0
+    if len(numbers) == 2 and abs(numbers[0] - numbers[1]) > tolerance * max(map(abs, numbers)):
+        return False
     if _SEQUENCE.search(gold) or _SEQUENCE.search(found):
         return _same_sequence(gold, found)
     return _equal(_read(gold), _read(found))
 
 
-def _normal(text: str) -> str:
-    text = re.sub(r"\\[,;! ]|\\(?:left|right)(?![a-zA-Z])", "", _DOTS.sub("...", text))
-    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)  # `3 1/2` is not `31/2`
+_DECIMAL_COMMA = re.compile(r"-?[0-9]+,(?![0-9]{3}$)[0-9]+")
+_RATIONAL = re.compile(
+    r"([-+]?) *(?:([0-9]+|[1-9][0-9]{0,2}(?:[ ,][0-9]{3})+)?(\.[0-9]+)?"
+    r"|\\frac *\{ *([0-9]+) *\} *\{ *([0-9]+) *\}|([0-9]+) */ *([0-9]+))"
+)
+_UNIT = rf"{_TEXT} *\{{[^{{}}]*\}}(?:\^[0-9]|\^\{{[0-9]\}})?"
+_SYNONYMS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\!", ""),
+        (r"(?<!\\)\\[,;: ]|\\(?:left|right|displaystyle|quad)(?![a-zA-Z])|~", " "),
+        (r"\{,\}", ","),
+        (r"\^ *(?:\\circ|\{ *\\circ *\})|[°$%]|\\(?=[%$])", ""),  # as Math-Verify does
+        (rf"(?<=[0-9}}]) *{_UNIT} *$", ""),
+        (rf"{_TEXT} *\{{([^{{}}]*)\}}", r" \1"),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\frac *([0-9]) *([0-9])", r"\\frac{\1}{\2}"),
+        (r"\\sqrt *([0-9])", r"\\sqrt{\1}"),
+        (r"([_^]) *\{ *([0-9a-zA-Z]) *\}", r"\1\2"),
+        (r"\\mathbb *([A-Z])", r"\\mathbb{\1}"),
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),
+        (r"\\leq?(?![a-zA-Z])|≤", r"\\le "),
+        (r"\\geq?(?![a-zA-Z])|≥", r"\\ge "),
+        ("\u2212", "-"),
+        (r"π", r"\\pi "),
+        (r"(?<=[0-9}]) *(?:\\cdot|\\times|[*·]) *(?=\\sqrt|\\pi|[a-zA-Z])", ""),
+        (r"^ *\( *([A-Z]) *\) *$", r"\1"),
+    )
+]
+
+
+def _canonical(text: str) -> str:
+    r"""A text that is shared by answers that are spelt differently: `1/2`, `0.5`, `\dfrac12`."""
+    number = _rational(text)
+    if number is None:
+        text = _to_latex(text)
+        for pattern, replacement in _SYNONYMS:
+            text = pattern.sub(replacement, text)
+        number = _rational(text)
+    # `3 1/2` is not `31/2`, and `32, 349` not a number.
+    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text) if number is None else str(number)
+
+
+def _rational(text: str) -> Fraction | None:
+    """The value of an integer, a decimal number or a simple fraction, None of anything else."""
+    match = _RATIONAL.fullmatch(text.strip()) if len(text) < 1000 else None
+    if match is None:
+        return None
+    sign, whole, decimals, *fraction = match.groups()
+    top, bottom = [part for part in fraction if part] or (None, "1")
+    number = top or re.sub("[ ,]", "", whole or "") + (decimals or "")
+    if not number or int(bottom) == 0:
+        return None
+    return Fraction(sign + number) / int(bottom)
 
 
 def _same_sequence(gold: str, found: str) -> bool:
@@ -169,14 +268,16 @@ def _equal(gold: _Answer, found: _Answer) -> bool:
     bases = [_BASE.findall(re.sub(r"[ {]", "", answer.text)) for answer in (gold, found)]
     if bases[0] and bases[0] != bases[1]:  # a base that only the response gives is the problem's
         return False
-    if not math_verify.verify(gold.parsed, found.parsed, timeout_seconds=None):
+    if not gold.parsed or not found.parsed or _differ(gold.parsed[0], found.parsed[0]):
         return False
-    return not _are_different_numbers(gold.parsed[0], found.parsed[0])
+    return math_verify.verify(gold.parsed, found.parsed, timeout_seconds=None)
 
 
-def _are_different_numbers(gold: object, found: object) -> bool:
-    """Whether both are numbers that differ, exactly if rational, else in 30 digits."""
-    gold, found = _number(gold), _number(found)
+def _differ(gold: object, found: object) -> bool:
+    """Whether both have values that differ, exactly if rational, else in 30 digits."""
+    if isinstance(gold, sympy.Eq) != isinstance(found, sympy.Eq):  # `x=5` and `5` may be the same
+        gold, found = (a.rhs if isinstance(a, sympy.Eq) else a for a in (gold, found))
+    gold, found = _value(gold), _value(found)
     if gold is None or found is None:
         return False
     difference = gold - found
@@ -187,13 +288,32 @@ def _are_different_numbers(gold: object, found: object) -> bool:
     return bool(abs(difference.evalf(30)) > tolerance * scale)
 
 
-def _number(value: object) -> sympy.Expr | None:
-    if isinstance(value, sympy.Eq) and value.lhs.is_Symbol:
-        value = value.rhs
-    if not isinstance(value, sympy.Expr) or value.has(sympy.UnevaluatedExpr):
-        return None  # UnevaluatedExpr: a percentage, which Math-Verify equates with its number
-    value = value.doit()
-    return value if value.is_number and value.is_finite else None
+_OPERATIONS = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative)
+
+
+def _value(answer: object) -> sympy.Expr | None:
+    """The number that an answer is, or that it is at one point where it is a formula."""
+    if isinstance(answer, sympy.Eq) and answer.lhs.is_Symbol and not answer.rhs.free_symbols:
+        answer = answer.rhs
+    if not isinstance(answer, sympy.Expr) or isinstance(answer, sympy.MatrixExpr):
+        return None
+    if answer.has(sympy.UnevaluatedExpr):  # a percentage, which Math-Verify equates with its number
+        return None
+    if not answer.free_symbols:
+        answer = answer.doit()
+    elif answer.has(*_OPERATIONS) or all(
+        factor.is_Symbol for factor in answer.as_ordered_factors()
+    ):
+        return None  # the product of symbols may be a word
+    else:
+        point = {symbol: _coordinate(symbol) for symbol in answer.free_symbols}
+        answer = answer.evalf(30, subs=point, chop=True)
+    return answer if answer.is_number and answer.is_finite else None
+
+
+def _coordinate(symbol: sympy.Symbol) -> float:
+    """Some number between 1 and 2, so that Math-Verify need not expand what is not equal."""
+    return 1 + int.from_bytes(symbol.name.encode()) % 9973 / 9973
 
 
 _QUANTIFIER = re.compile(r"[,(\s]*[a-z] *(?:\\in(?![a-z])|∈) *(?:\\mathbb *\{?Z\}?|\u2124)[\s)]*$")
@@ -208,3 +328,58 @@ def _name_parameter(prompt: str, answer: str) -> str:
     if len(letters) != 1 or is_bare or letters & set(_PARAMETER.findall(prompt)):
         return answer
     return _PARAMETER.sub("k", body)
+
+
+_TOKEN = re.compile(r"[0-9.,]*[0-9]|\\[a-zA-Z]+|\\[^a-zA-Z0-9]|[a-zA-Z(){}\[\]^!]")
+_OPENING, _CLOSING = "([{", ")]}"
+
+
+def _is_costly(text: str) -> bool:
+    """Whether `text` is nested too deep, or too large a number, for a computer algebra system."""
+    depth = 0
+    for character in text:
+        depth = max(0, depth + (character in _OPENING) - (character in _CLOSING))
+        if depth > MAX_NESTING:
+            return True
+    tokens = _TOKEN.findall(text)[::-1]
+    while tokens:
+        if _digits(tokens) > MAX_DIGITS:
+            return True
+    return False
+
+
+def _digits(tokens: list[str]) -> float:
+    """An upper bound of the decimal digits of a group, with variables taken for 1.
+
+    Takes the group and its closing bracket off the end of `tokens`. A sum, a product or a quotient
+    has at most the digits of all its terms together.
+    """
+    total = 0.0
+    while tokens and tokens[-1] not in _CLOSING:
+        chain = [_factor_digits(tokens)]
+        while tokens and tokens[-1] == "^":
+            tokens.pop()
+            chain.append(_factor_digits(tokens))
+        digits = chain.pop()
+        for base in reversed(chain):
+            digits = max(base, 0.3) * 10 ** min(digits, 300)
+        total += digits
+    del tokens[-1:]
+    return total
+
+
+def _factor_digits(tokens: list[str]) -> float:
+    token = tokens.pop() if tokens else ""
+    digits = 0.0
+    if token in ("\\binom", "\\dbinom", "\\tbinom"):
+        digits = _factor_digits(tokens)
+        tokens.append("!")  # at most the factorial of its first argument
+    elif token and token in _OPENING:
+        digits = _digits(tokens)
+    elif token[-1:].isdigit():
+        number = re.sub("[,.]", "", token)
+        digits = math.log10(1 + int(number)) if len(number) < 300 else len(number)
+    while tokens and tokens[-1] == "!":
+        tokens.pop()
+        digits *= 10 ** min(digits, 300)
+    return digits
