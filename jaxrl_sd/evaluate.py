@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, with an interval.
+"""Accuracy and other statistics of k answers to each problem, with an interval.
 
 Every estimate is a mean over problems of one value a problem. Its 95% interval is the percentile
 bootstrap over problems (Efron and Tibshirani, 1993): it covers the choice of the problems and of
@@ -8,6 +8,8 @@ has no width where all problems have the same value.
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,15 @@ class Estimate(NamedTuple):
     num_problems: int
 
 
+def average(values: ArrayLike) -> Estimate:
+    """Mean over problems of the mean over a problem's samples, for instance of their lengths.
+
+    `values` [N, k], NaN or None where a sample has none. A problem without any is left out; NaN if
+    no problem is left.
+    """
+    return _estimate(means(values))
+
+
 def avg_at_k(correct: ArrayLike) -> Estimate:
     """Expected accuracy of one sample, from k samples a problem.
 
@@ -33,7 +44,7 @@ def avg_at_k(correct: ArrayLike) -> Estimate:
     samples count neither as correct nor as wrong, and a problem that has no other is left out.
     NaN if no problem is left.
     """
-    return _estimate(_accuracy(correct))
+    return average(correct)
 
 
 def pass_at_k(correct: ArrayLike, k: int) -> Estimate:
@@ -54,6 +65,41 @@ def pass_at_k(correct: ArrayLike, k: int) -> Estimate:
     return _estimate(np.where(graded >= k, 1 - all_wrong, np.nan))
 
 
+def maj_at_k(correct: ArrayLike, answers: Sequence[Sequence[str | None]]) -> Estimate:
+    """Accuracy of the most frequent final answer among a problem's k samples.
+
+    Wang et al. (2022, arXiv 2203.11171). `correct` [N, k] as for `avg_at_k`; for `answers` [N][k]
+    and the value of a problem see `vote`. Raises ValueError if the shapes differ.
+    """
+    correct = np.asarray(correct, dtype=np.float64)
+    if correct.shape != np.shape(answers):
+        raise ValueError(f"answers: got shape {np.shape(answers)}, expected {correct.shape}")
+    return _estimate(np.array([vote(*row) for row in zip(correct, answers, strict=True)]))
+
+
+def vote(correct: Sequence[float], answers: Sequence[str | None]) -> float:
+    """The chance that the most frequent of a problem's final answers is correct.
+
+    Answers that tie for most frequent are drawn with equal chances. Where no sample has a final
+    answer, there is nothing to hand in: 0. NaN where no sample was graded, or none of those that
+    gave a winning answer; the problem is then left out of `maj_at_k`.
+
+    Args:
+      correct: k verdicts, NaN where the verifier could not decide.
+      answers: k texts, equal for equal answers; None does not vote.
+    """
+    verdicts = defaultdict(list)
+    for verdict, answer in zip(correct, answers, strict=True):
+        if answer is not None:
+            verdicts[answer].append(verdict)
+    if not verdicts:
+        return math.nan if np.all(np.isnan(correct)) else 0.0
+    votes = max(map(len, verdicts.values()))
+    winners = [np.array(given) for given in verdicts.values() if len(given) == votes]
+    graded = [given[~np.isnan(given)] for given in winners]
+    return float(np.mean([given.mean() if given.size else math.nan for given in graded]))
+
+
 def difference(before: ArrayLike, after: ArrayLike) -> Estimate:
     """Change of `avg_at_k` from `before` [N, k] to `after` [N, k'] on the same N problems.
 
@@ -61,7 +107,7 @@ def difference(before: ArrayLike, after: ArrayLike) -> Estimate:
     problem that lacks a graded sample on either side is left out. Raises ValueError if the numbers
     of problems differ.
     """
-    accuracy_before, accuracy_after = _accuracy(before), _accuracy(after)
+    accuracy_before, accuracy_after = means(before), means(after)
     if accuracy_before.shape != accuracy_after.shape:
         raise ValueError(
             f"problems: got {len(accuracy_before)} before, {len(accuracy_after)} after"
@@ -77,9 +123,13 @@ def _counts(correct: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return np.sum(~np.isnan(correct), axis=1), np.nansum(correct, axis=1)
 
 
-def _accuracy(correct: ArrayLike) -> np.ndarray:
-    graded, num_correct = _counts(correct)
-    return np.where(graded > 0, num_correct / np.maximum(graded, 1), np.nan)
+def means(values: ArrayLike) -> np.ndarray:
+    """The mean of each problem's samples, f64[N]. `values` and what is left out as for `average`.
+
+    A problem that is left out has NaN.
+    """
+    count, total = _counts(values)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _estimate(values: np.ndarray) -> Estimate:

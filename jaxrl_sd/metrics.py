@@ -19,7 +19,7 @@ from jaxrl_sd.types import InputError
 
 FILE = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10  # of progress, where standard error is no terminal
-PROGRESS = "step {n_fmt}/{total_fmt} |{bar:10}| {elapsed} elapsed, {remaining} left{postfix}"
+PROGRESS = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {elapsed} elapsed, {remaining} left{postfix}"
 
 
 class Writer:
@@ -42,7 +42,7 @@ class Writer:
         self._tensorboard = SummaryWriter(
             str(folder / "tensorboard"), purge_step=first_step, flush_secs=5
         )
-        self._progress = _progress(total_steps, first_step)
+        self._progress = progress("step", total_steps, max(first_step - 1, 0))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records one row; its line is in the file when this returns. `step` counts from 0."""
@@ -88,12 +88,22 @@ def strict(value: Any) -> Any:
     return value
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, but for a last one without its end: who wrote it was killed."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [line + "\n" for line in lines[:-1]]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file such that a kill leaves the old file or the new one, never half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    # A process killed while it writes leaves a line without its end. That step was not yet
-    # checkpointed, so a run that continues records it again.
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    # A step whose line lacks its end was not checkpointed: a run that continues records it again.
+    lines = whole_lines(path)
     return [(line, _parse(line, number, path)) for number, line in enumerate(lines, start=1)]
 
 
@@ -110,9 +120,7 @@ def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
 def _keep_before(path: Path, first_step: int) -> None:
     path.touch()
     kept = [line for line, row in _lines(path) if row["step"] < first_step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)  # so that a kill leaves the old file or the new one, never half
+    write_whole(path, "".join(kept))
 
 
 class _WholeLines(tqdm):
@@ -123,11 +131,13 @@ class _WholeLines(tqdm):
         return lambda line: print(line, file=file, flush=True)
 
 
-def _progress(total_steps: int, first_step: int) -> tqdm:
+def progress(name: str, total: int, done: int) -> tqdm:
+    """A progress line on standard error that counts `name` from `done` to `total`."""
     terminal = sys.stderr.isatty()
     return (tqdm if terminal else _WholeLines)(
-        total=total_steps,
-        initial=max(first_step - 1, 0),
+        desc=name,
+        total=total,
+        initial=done,
         bar_format=PROGRESS,
         dynamic_ncols=terminal,
         miniters=1,

@@ -63,7 +63,7 @@ def markdown(summary: dict[str, Any], pictures: Iterable[str]) -> str:
     results = {key: tables.pop(key) for key in list(tables) if key.endswith(("_before", "_after"))}
     parts = [
         f"# {summary.get('method', 'Run')}: before and after training",
-        _table(("setting", "value"), ((_words(key), value) for key, value in settings.items())),
+        table(("setting", "value"), ((_words(key), value) for key, value in settings.items())),
         "## Held-out problems",
         _results_table(results),
         *([] if difference is None else [_verdict(difference)]),
@@ -78,7 +78,8 @@ def _words(key: str) -> str:
     return key.replace("_at_", "@").replace("_", " ")
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines
@@ -87,20 +88,21 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def _results_table(results: dict[str, dict[str, float]]) -> str:
     names = dict.fromkeys(key.removesuffix("_before").removesuffix("_after") for key in results)
-    return _table(
+    return table(
         ("with 95% intervals", "before", "after"),
         (
             (
                 RESULT_NAMES.get(name, _words(name)),
-                _percent(results.get(f"{name}_before")),
-                _percent(results.get(f"{name}_after")),
+                percent(results.get(f"{name}_before")),
+                percent(results.get(f"{name}_after")),
             )
             for name in names
         ),
     )
 
 
-def _percent(estimate: dict[str, float] | None) -> str:
+def percent(estimate: dict[str, float] | None) -> str:
+    """A share and its interval, for instance `40.4% [36.2, 44.6]`."""
     if estimate is None or math.isnan(estimate["value"]):
         return "not measured"
     value, low, high = (100 * float(estimate[key]) for key in ("value", "low", "high"))
@@ -121,9 +123,9 @@ def _verdict(difference: dict[str, float]) -> str:
 
 def _section_table(title: str, values: dict[str, Any]) -> str:
     if title != "seconds":
-        return _table(("name", "value"), values.items())
+        return table(("name", "value"), values.items())
     total = values.get("total") or sum(values.values())
-    return _table(
+    return table(
         ("phase", "seconds", "share"),
         ((phase, f"{value:.1f}", f"{value / total:.0%}") for phase, value in values.items()),
     )

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl_sd.evaluate import Estimate, avg_at_k, difference, pass_at_k
+from jaxrl_sd.evaluate import Estimate, average, avg_at_k, difference, maj_at_k, pass_at_k, vote
 
 NAN = math.nan
 
@@ -75,6 +75,63 @@ def test_pass_at_k_leaves_out_problems_with_fewer_than_k_graded():
 def test_pass_at_0_is_an_error():
     with pytest.raises(ValueError, match="k: got 0"):
         pass_at_k([[1, 0]], 0)
+
+
+@pytest.mark.parametrize(
+    ("correct", "answers", "value"),
+    [
+        ([1, 0, 0], ["3", "4", "4"], 0.0),  # though one sample was right
+        ([1, 0, 0, 1, 0], ["3", "4", "5", "3", None], 1.0),
+        ([1, 0, 1, 0], ["3", "4", "3", "4"], 0.5),  # a tie
+        ([1, 0, 0, NAN], ["3", "4", "5", None], 1 / 3),
+        ([0, 0], [None, None], 0.0),  # nothing to hand in
+        ([1, NAN, NAN], ["3", "4", "4"], NAN),  # the winner was not judged
+        ([1, NAN, 1], ["3", "3", "3"], 1.0),
+        ([NAN, NAN], ["3", None], NAN),
+        ([NAN, NAN], [None, None], NAN),
+    ],
+)
+def test_vote_by_hand(correct, answers, value):
+    assert vote(correct, answers) == pytest.approx(value, nan_ok=True)
+
+
+def first_of_the_most_frequent(correct, answers):
+    """A vote that breaks ties by the order of the samples, as most programs do."""
+    winner = max((a for a in answers if a), key=answers.count, default=None)
+    return correct[answers.index(winner)] if winner else 0.0
+
+
+def test_vote_is_the_mean_of_ordered_votes_over_all_orders():
+    rng = np.random.default_rng(6)
+    for _ in range(60):
+        answers = [rng.choice([None, "a", "b", "c"]) for _ in range(5)]
+        correct = [float(answer == "a") for answer in answers]
+        orders = [
+            first_of_the_most_frequent(*zip(*order, strict=True))
+            for order in itertools.permutations(zip(correct, answers, strict=True))
+        ]
+        assert vote(correct, answers) == pytest.approx(np.mean(orders), abs=1e-12)
+
+
+def test_maj_at_k_leaves_out_what_was_not_judged():
+    correct = [[1, 1, 0], [0, 0, 1], [NAN, NAN, 0]]
+    estimate = maj_at_k(correct, [["3", "3", "4"], ["3", "3", "4"], ["3", "3", "4"]])
+    assert estimate == Estimate(0.5, 0.0, 1.0, 2)
+
+
+def test_maj_at_1_is_avg_at_1_where_every_sample_has_an_answer():
+    correct = np.random.default_rng(7).random((20, 1)) < 0.5
+    assert maj_at_k(correct, [["3"]] * 20) == avg_at_k(correct)
+
+
+def test_answers_of_another_number_of_samples_are_an_error():
+    with pytest.raises(ValueError, match=r"answers: got shape \(2, 1\), expected \(2, 2\)"):
+        maj_at_k([[1, 0], [1, 0]], [["3"], ["4"]])
+
+
+def test_average_of_lengths():
+    estimate = average([[10, 20], [30, NAN], [NAN, NAN]])
+    assert estimate.value == 22.5 and estimate.num_problems == 2
 
 
 def test_the_interval_has_the_width_of_the_normal_approximation():
