@@ -17,7 +17,7 @@ from experiments.hostile.watch import adopt_orphans, changed_since, running_chil
 from jaxrl_sd import config as configuration
 from jaxrl_sd.start import check_judges
 from jaxrl_sd.types import InputError, Problem
-from jaxrl_sd.verify import code, sandbox
+from jaxrl_sd.verify import code, launcher, sandbox
 from jaxrl_sd.verify.pool import VerifierPool
 
 REPOSITORY = Path(__file__).parents[1]
@@ -262,8 +262,8 @@ def test_limits_are_set():
         for name in {names}:
             print(*resource.getrlimit(getattr(resource, "RLIMIT_" + name)))
     """
-    limits = [sandbox.MEMORY_BYTES, sandbox.PROCESSES + 2, sandbox.OPEN_FILES]
-    limits += [sandbox.SCRATCH_BYTES, code.TEST_SECONDS + 1, 0, 0]
+    limits = [launcher.MEMORY_BYTES, launcher.PROCESSES + 2, launcher.OPEN_FILES]
+    limits += [launcher.SCRATCH_BYTES, code.TEST_SECONDS + 1, 0, 0]
     expected = "".join(f"{limit:.0f} {limit:.0f}\n" for limit in limits)
     assert verify(scripts(("", expected)), program) == (True, "")
 
@@ -341,7 +341,7 @@ def test_what_is_expected_is_not_in_the_sandbox():
     ],
 )
 def test_plain_data_comes_out_as_it_was(value):
-    copy = sandbox.read_value(json.dumps(sandbox._tag(value)))
+    copy = sandbox.read_value(json.dumps(launcher.tag(value)))
     assert copy == value
     assert type(copy) is type(value)
 
@@ -454,14 +454,14 @@ def test_isolation_that_does_not_hold_is_named(monkeypatch):
 @pytest.mark.parametrize("function", ["unshare", "mount", "capset", "prctl", "umount2"])
 def test_a_step_that_fails_is_named(monkeypatch, function):
     fail = f"""
-from jaxrl_sd.verify import sandbox
-call = sandbox._call
+from jaxrl_sd.verify import launcher
+call = launcher._call
 def fail(step, function, *arguments):
     if function == {function!r}:
         raise OSError(1, step + ": refused")
     call(step, function, *arguments)
-sandbox._call = fail
-sandbox._main()
+launcher._call = fail
+launcher.main()
 """
     launch, _, _ = sandbox._LAUNCH.partition("from ")
     monkeypatch.setattr(sandbox, "_LAUNCH", launch + fail)

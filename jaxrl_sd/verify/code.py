@@ -21,7 +21,8 @@ import textwrap
 import time
 from typing import NamedTuple
 
-from jaxrl_sd.verify.sandbox import OUTPUT_BYTES, Outcome, Sandbox, check, read_value
+from jaxrl_sd.verify.launcher import OUTPUT_BYTES
+from jaxrl_sd.verify.sandbox import Outcome, Sandbox, check, read_value
 
 TEST_SECONDS = 4.0  # for one test
 TOTAL_SECONDS = 8.0  # for all tests of a program: below the verifier's own limit, 10 s by default
