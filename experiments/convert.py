@@ -65,14 +65,14 @@ def write(target: Path, policy: Policy, form: str, dtype: str, max_shard_bytes: 
     Raises:
       InputError: there is no adapter to write.
     """
-    if form == "peft":
-        if policy.adapter is None:
-            raise InputError("--format=peft: the input has no adapter")
-        adapters.save(target, policy.adapter, policy.config, base=str(policy.folder))
-        return
-    params = policy.merged()
+    if form == "peft" and policy.adapter is None:
+        raise InputError("--format=peft: the input has no adapter")
+    params = policy.adapter if form == "peft" else policy.merged()
     if dtype != "stored":
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    if form == "peft":
+        adapters.save(target, params, policy.config, base=str(policy.folder))
+        return
     if form == "orbax":
         weights.save_native(target, params, policy.config, eos_token_id=None)
     else:
@@ -83,12 +83,25 @@ def write(target: Path, policy: Policy, form: str, dtype: str, max_shard_bytes: 
             shutil.copyfile(file, target / file.name)
 
 
+def make_empty(target: Path) -> None:
+    """Makes the folder to write, before anything is read.
+
+    Raises:
+      InputError: it cannot be made, or is not empty.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output: {target} cannot be made: {error.strerror}") from error
+    if any(target.iterdir()):
+        raise InputError(f"--output: {target} is not empty")
+
+
 def main(_) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax reports each file it writes
     source, target, adapter = Path(INPUT.value), Path(OUTPUT.value), ADAPTER.value
     try:
-        if target.is_dir() and any(target.iterdir()):
-            raise InputError(f"--output: {target} is not empty")
+        make_empty(target)
         policy = read(source, adapter and Path(adapter), STEP.value, DTYPE.value)
         limit = int(MAX_SHARD_GB.value * 10**9)
         write(target, policy, FORMAT.value, DTYPE.value, limit)

@@ -3,12 +3,13 @@
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from jaxrl_sd import weights
-from jaxrl_sd.architectures import TENSORS, Layout, Slot
+from jaxrl_sd.architectures import TENSORS, Layout, Slot, field
 from jaxrl_sd.model import LINEAR, Lora, ModelConfig, adapter_shapes
 from jaxrl_sd.types import InputError, Params
 
@@ -26,22 +27,29 @@ FIXED = {
     "modules_to_save": None,
     "layers_to_transform": None,
 }
+# How factors may have been drawn. Others (PiSSA, OLoRA) subtract the first product from the weights
+# under it, so that an adapter is not what is added to the model as it is stored.
+STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 MODULES = {f"{name}_proj": name for name in LINEAR}
 
 
 def save(path: str | os.PathLike, adapter: Params, config: ModelConfig, *, base: str) -> None:
     """Writes an adapter so that `peft.PeftModel.from_pretrained(model, path)` opens it.
 
+    Every process of a run on several hosts has to call this; the first one writes.
+
     Args:
       adapter: of `adapter_shapes(config)`.
       base: the model that it belongs to, a folder or a name; PEFT records it.
     """
     folder, lora = Path(path), config.lora
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: np.ascontiguousarray(slot.layout.to_stored(adapter["layers"][slot.param][slot.layer]))
+        name: weights.fetch(adapter["layers"][slot.param], slot)
         for name, slot in _slots(config).items()
     }
+    if jax.process_index() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     weights.replace_file(folder / WEIGHTS, lambda file: save_file(tensors, file, {"format": "pt"}))
     fields = {
         **FIXED,
@@ -67,15 +75,14 @@ def load_config(path: str | os.PathLike) -> Lora:
     for name, value in FIXED.items():
         if fields.get(name) != value and fields.get(name):
             raise InputError(f"{file}: {name} is {fields[name]!r}, supported is {value!r}")
-    for name in ("r", "lora_alpha"):
-        value = fields.get(name)
-        if not isinstance(value, int | float) or not value > 0:
-            raise InputError(f"{file}: {name} is {value!r}, expected a positive number")
+    if (start := fields.get("init_lora_weights")) not in STARTS:
+        raise InputError(f"{file}: init_lora_weights is {start!r}, supported are {STARTS}")
+    rank, alpha = field(file, fields, "r", int), field(file, fields, "lora_alpha", float)
     targets = fields.get("target_modules")
-    if not isinstance(targets, list) or not targets or not set(targets) <= MODULES.keys():
+    if not isinstance(targets, list) or not targets or any(x not in [*MODULES] for x in targets):
         raise InputError(f"{file}: target_modules is {targets!r}, expected some of {[*MODULES]}")
     names = tuple(name for module, name in MODULES.items() if module in targets)
-    return Lora(int(fields["r"]), float(fields["lora_alpha"]), names)
+    return Lora(rank, alpha, names)
 
 
 def load(path: str | os.PathLike, config: ModelConfig) -> Params:

@@ -4,12 +4,14 @@ A folder holds `settings.json`, everything that the answers depend on, and `samp
 object a problem in the order of the problems:
 
     {"id", "prompt", "answer", "verifier", "samples": [
-        {"text", "correct", "truncated", "length", "final_answer", "status"}, ...k of them]}
+        {"text", "correct", "score", "rewards", "truncated", "length", "final_answer", "status"},
+        ...k of them]}
 
-`correct` is null where the verifier could not judge (`status` says why), `length` is in tokens, and
-`final_answer` is the text to vote with, null where there is none. A batch of answers depends on the
-seed and on the numbers of its problems alone, so a run that was stopped continues bit for bit (a
-verifier's timeout excepted, which depends on the machine's load).
+`correct` and `score` are null where the verifier could not judge (`status` says why), `rewards` are
+those of each reward function, `length` is in tokens, and `final_answer` is the text to vote with,
+null where there is none. A batch of answers depends on the seed and on the numbers of its problems
+alone, so a run that was stopped continues bit for bit (a verifier's timeout excepted, which depends
+on the machine's load).
 """
 
 import hashlib
@@ -223,6 +225,8 @@ def _record(
         {
             "text": sample.text,
             "correct": sample.correct,
+            "score": sample.score,
+            "rewards": dict(sample.rewards),
             "truncated": sample.truncated,
             "length": len(sample.ids),
             "final_answer": final_answer,

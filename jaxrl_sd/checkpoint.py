@@ -53,7 +53,7 @@ def save(
     checkpoints.save(
         int(state.step),
         args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state.replace(frozen={})),
+            state=ocp.args.StandardSave(_saved(state)),
             meta=ocp.args.JsonSave(meta),
         ),
     )
@@ -76,7 +76,7 @@ def restore(
     step = checkpoints.latest_step()
     if step is None:
         return None
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like.replace(frozen={}))
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _saved(like))
     try:
         meta = read_meta(checkpoints, step)
         check_same_run(meta["config"], config, folder, FREE)
@@ -91,8 +91,15 @@ def restore(
             f"output_dir: checkpoint {step} in {folder} cannot be read or is of another model "
             f"({first_line(error)}); remove it to continue from an earlier one"
         ) from error
-    state = restored.state.replace(frozen=like.frozen)
+    teachers = {**like.teachers, **restored.state.teachers}
+    state = restored.state.replace(frozen=like.frozen, teachers=teachers)
     return state, meta["position"], meta["seconds"]
+
+
+def _saved(state: State) -> State:
+    """Without what has no arrays or is never trained: a run may go on when that was moved."""
+    teachers = {name: kept for name, kept in state.teachers.items() if jax.tree.leaves(kept)}
+    return state.replace(frozen={}, teachers=teachers)
 
 
 def read_meta(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -113,10 +120,12 @@ def read_params(checkpoints: ocp.CheckpointManager, step: int, like: Params) -> 
 
 def fingerprint(params: Params) -> int:
     """A number that tells weights apart, the same on every mesh: checksums in integers."""
-    sums = jax.device_get(
-        jax.jit(lambda tree: [_bit_sum(x) for x in jax.tree.leaves(tree)])(params)
-    )
-    return zlib.crc32(np.array(sums, np.uint32).tobytes())
+    return zlib.crc32(np.array(jax.device_get(_bit_sums(params)), np.uint32).tobytes())
+
+
+@jax.jit
+def _bit_sums(params: Params) -> list[jax.Array]:
+    return [_bit_sum(x) for x in jax.tree.leaves(params)]
 
 
 def _bit_sum(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxrl_sd.tokens import is_text
 from jaxrl_sd.types import InputError
 
 LIVE_CODE_BENCH = {"question_content", "public_test_cases", "private_test_cases"}
@@ -25,13 +26,19 @@ def standard(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with `prompt`, `answer` and `verifier`; a row of another form as it is.
 
     Raises:
-      InputError: tests that cannot be read.
+      InputError: a column without text, or tests that cannot be read.
     """
-    if row.keys() >= LIVE_CODE_BENCH:
-        return {**row, **_live_code_bench(row)}
-    if row.keys() >= HUMAN_EVAL:
-        return {**row, **_human_eval(row)}
+    for columns, problem in ((LIVE_CODE_BENCH, _live_code_bench), (HUMAN_EVAL, _human_eval)):
+        if row.keys() >= columns:
+            _check_texts(row, columns)
+            return {**row, **problem(row)}
     return row
+
+
+def _check_texts(row: Mapping[str, Any], columns: set[str]) -> None:
+    for column in sorted(columns):
+        if not is_text(row[column]) or not row[column].strip():
+            raise InputError(f"{column}: expected text, got {row[column]!r:.60}")
 
 
 def _human_eval(row: Mapping[str, Any]) -> dict[str, str]:
@@ -45,6 +52,8 @@ def _human_eval(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _live_code_bench(row: Mapping[str, Any]) -> dict[str, str]:
     tests = [*_tests(row, "public_test_cases"), *_tests(row, "private_test_cases")]
+    if not tests:
+        raise InputError("tests: expected at least one, public or private")
     try:
         answer = {name + "s": [test[name] for test in tests] for name in ("input", "output")}
         name = json.loads(row.get("metadata") or "{}").get("func_name")

@@ -305,13 +305,14 @@ def _check_ranges(config: ConfigDict) -> None:
     _expect(config, "optimizer.eps", lambda x: x > 0, "more than 0")
     _expect(config, "rollout.temperature", lambda x: x >= 0, "at least 0")
     _expect(config, "rollout.top_p", lambda x: 0 < x <= 1, "in (0, 1]")
-    names = {f"{name}_proj" for name in LINEAR}
+    names = [f"{name}_proj" for name in LINEAR]
     _expect(
         config,
         "lora.targets",
-        lambda x: 0 < len(x) == len(set(x)) and set(x) <= names,
-        f"some of {sorted(names)}, each once",
+        lambda x: x and all(x.count(name) == 1 and name in names for name in x),
+        f"some of {names}, each once",
     )
+    _expect(config, "rollout.presence_penalty", lambda x: abs(x) <= 2, "in [-2, 2]")
     _expect(config, "optimizer.schedule", lambda x: x in SCHEDULES, f"one of {SCHEDULES}")
     _expect(config, "data.verifier", lambda x: x in VERIFIERS, f"one of {sorted(VERIFIERS)}")
     levels = ("none", *IMPORTANCE)

@@ -4,9 +4,11 @@ import dataclasses
 import importlib
 import itertools
 import json
+import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,7 @@ def _problem(row: Row, columns: Mapping[str, str], verifier: str, answers: bool)
     solution = _text("solution", _value(row, "solution", columns))
     if verifier == "math":
         answer, solution = _math_answer(answer, solution)
+        solution = None if solution == answer else solution  # DAPO-Math-17k: nothing worked out
     for field, value in (("prompt", prompt), ("answer", answer)):
         if not value and (field == "prompt" or answers):
             expected = columns.get(field) or f"one of the columns {COLUMNS[field]}"
@@ -138,20 +141,24 @@ def _get(row: Any, name: str) -> Any:
 def _value(row: Row, field: str, columns: Mapping[str, str]) -> Any:
     """What a row has for a field, None where it has nothing."""
     own = columns.get(field, "")
-    if own and _get(row, own) is None:
+    if own and not _is_filled(_get(row, own)):
         raise InputError(f"data.columns.{field}: expected {own!r} with a value, got {[*row]}")
     values = [_get(row, name) for name in ([own] if own else COLUMNS[field])]
     return next((value for value in values if _is_filled(value)), None)
 
 
 def _is_filled(value: Any) -> bool:
+    if isinstance(value, numbers.Real):
+        return not math.isnan(value)  # pandas writes an empty cell as NaN
     return value.strip() != "" if isinstance(value, str) else value is not None
 
 
 def _text(field: str, value: Any) -> str | None:
-    number = isinstance(value, numbers.Number) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool)
     if not (value is None or number or is_text(value)):
         raise InputError(f"{field}: expected text, got {value!r:.60}")
+    if number and "e" in str(value).lower():  # in 1e-07, verifiers take e for a number
+        return f"{Decimal(str(value)):f}"
     return None if value is None else str(value).strip()
 
 

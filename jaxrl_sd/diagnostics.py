@@ -26,7 +26,7 @@ def describe(batch: Batch) -> dict[str, Array]:
     error_t = jnp.where(r.mask_t != 0, jnp.abs(batch.scores["old_logp"] - r.sampler_logp_t), 0.0)
     adv_t, distill_t = batch.credit.adv_t, batch.credit.distill_t
     return {
-        "rollout/reward": (r.reward * r.graded).sum() / jnp.maximum(r.graded.sum(), 1),
+        "rollout/reward": (r.reward * r.graded).sum() / r.graded.sum(),  # NaN of nothing graded
         "rollout/entropy": mean(batch.scores["entropy"]),
         "rollout/sampler_logp_error_mean": mean(error_t),
         "rollout/sampler_logp_error_max": error_t.max(),

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxrl_sd import adapters, checkpoint, sharding, weights
 from jaxrl_sd import config as configuration
 from jaxrl_sd.model import ModelConfig, adapter_shapes, merge, param_shapes
-from jaxrl_sd.types import InputError, Params
+from jaxrl_sd.types import InputError, Params, first_line
 
 
 class Policy(NamedTuple):
@@ -46,18 +46,27 @@ def of_run(folder: Path, step: int | None, mesh: Mesh) -> Policy:
       step: of the checkpoint; None is the newest.
 
     Raises:
-      InputError: there is no such checkpoint, or the model under its adapter is another by now.
+      InputError: there is no such checkpoint, it cannot be read, or the model under its adapter is
+        another by now.
     """
     with checkpoint.reader(folder / "checkpoints") as checkpoints:
         steps = checkpoints.all_steps()
-        step = step or max(steps, default=None)
+        step = max(steps, default=None) if step is None else step
         if step not in steps:
             raise InputError(f"--step: {folder} has checkpoints of the steps {steps}, got {step}")
-        meta = checkpoint.read_meta(checkpoints, step)
-        model, lora = Path(meta["config"]["model"]["path"]), configuration.lora(meta["config"])
-        config = replace(weights.load_config(model), lora=lora)
-        shapes = param_shapes(config) if lora is None else adapter_shapes(config)
-        trained = checkpoint.read_params(checkpoints, step, _placed(shapes, mesh))
+        try:
+            meta = checkpoint.read_meta(checkpoints, step)
+            model, lora = Path(meta["config"]["model"]["path"]), configuration.lora(meta["config"])
+            config = replace(weights.load_config(model), lora=lora)
+            shapes = param_shapes(config) if lora is None else adapter_shapes(config)
+            trained = checkpoint.read_params(checkpoints, step, _placed(shapes, mesh))
+        except InputError:
+            raise
+        except Exception as error:  # orbax and its storage layers raise whatever they meet
+            raise InputError(
+                f"--step: checkpoint {step} in {folder} cannot be read or is of another model "
+                f"({first_line(error)})"
+            ) from error
     if lora is None:
         return Policy(trained, None, config, model)
     params, _ = weights.load(model, mesh)

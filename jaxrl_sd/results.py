@@ -48,6 +48,7 @@ def summarize(settings: dict[str, Any], records: Sequence[Record]) -> dict[str, 
         f"avg@{k} of finished answers": evaluate.average(np.where(truncated, np.nan, correct)),
         "truncated": evaluate.average(truncated),
         "length": evaluate.average(_values(records, "length")),
+        **_rewards(records),
     }
     status = Counter(sample["status"] for record in records for sample in record["samples"])
     counts = {
@@ -70,6 +71,14 @@ def summarize(settings: dict[str, Any], records: Sequence[Record]) -> dict[str, 
 def _values(records: Sequence[Record], field: str) -> np.ndarray:
     """f64[N, k], one field of every sample."""
     return np.array([[s[field] for s in r["samples"]] for r in records], np.float64)
+
+
+def _rewards(records: Sequence[Record]) -> dict[str, evaluate.Estimate]:
+    """Means of the score and of each reward function; none where verifiers judge."""
+    names = records[0]["samples"][0]["rewards"]
+    given = {name: [[s["rewards"][name] for s in r["samples"]] for r in records] for name in names}
+    estimates = {f"reward/{name}": evaluate.average(values) for name, values in given.items()}
+    return {"score": evaluate.average(_values(records, "score")), **estimates} if names else {}
 
 
 def _draws(k: int) -> list[int]:
@@ -96,10 +105,13 @@ def _problem(record: Record, can_vote: bool) -> dict[str, Any]:
 def markdown(results: dict[str, Any]) -> str:
     """The text of `results.md`. `results` as `summarize` gives them."""
     settings = flat(results["settings"])
+    by_functions = "score" in results["estimates"]
     parts = [
         f"# {settings.get('data.test') or settings['data.train']}",
         f"{results['num_problems']} problems, {settings['samples']} answers each, "
-        f"by {settings['model.path']}. Intervals are 95%, by bootstrap over problems.",
+        f"by {settings['model.path']}. Intervals are 95%, by bootstrap over problems. Answers that "
+        "could not be graded count neither as correct nor as wrong."
+        + (f" Correct: a score above {settings['reward.correct_above']}." if by_functions else ""),
         table_of_estimates(results),
         table(("count", ""), results["counts"].items()),
         "## Settings",
@@ -123,9 +135,17 @@ def _row(name: str, estimate: dict[str, float] | None) -> tuple[str, str, int | 
     if estimate is None:
         return name, "not defined: no final answers are compared", "-"
     if name == "length":
-        value, low, high = (estimate[key] for key in ("value", "low", "high"))
-        return "length in tokens", f"{value:.1f} [{low:.1f}, {high:.1f}]", estimate["num_problems"]
-    return name, percent(estimate), estimate["num_problems"]
+        return "length in tokens", _number(estimate, ".1f"), estimate["num_problems"]
+    is_reward = name == "score" or name.startswith("reward/")
+    text = _number(estimate, ".4g") if is_reward else percent(estimate)
+    return name, text, estimate["num_problems"]
+
+
+def _number(estimate: dict[str, float], form: str) -> str:
+    if math.isnan(estimate["value"]):
+        return "not measured"
+    value, low, high = (format(estimate[key], form) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _problem_row(problem: dict[str, Any]) -> tuple:

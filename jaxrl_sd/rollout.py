@@ -117,15 +117,14 @@ def join(parts: Sequence[Rollouts], num_groups: int) -> Rollouts:
 
 
 def describe(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
-    """Accuracy, scores, kinds of groups, length and truncation of everything that was sampled."""
+    """Accuracy, scores, kinds of groups, length and truncation of everything that was sampled.
+
+    NaN where nothing could be graded.
+    """
     samples = [sample for group in groups for sample in group]
     verdicts = [[s.correct for s in group if s.correct is not None] for group in groups]
     shares = [np.mean(group) for group in verdicts if group]
     graded = [verdict for group in verdicts for verdict in group]
-
-    def mean(values) -> float:
-        return float(np.mean(values)) if len(values) else 0.0
-
     return {
         "rollout/accuracy": mean(graded),
         "rollout/score": mean([s.score for s in samples if s.correct is not None]),
@@ -140,14 +139,18 @@ def describe(groups: Sequence[Sequence[Sample]]) -> dict[str, float]:
     }
 
 
+def mean(values: Sequence[float]) -> float:
+    """NaN of nothing."""
+    return float(np.mean(values)) if len(values) else float("nan")
+
+
 def rewards(samples: Sequence[Sample]) -> dict[str, float]:
     """The mean of each reward function, and how many answers it could not score."""
     metrics = {}
     for name in samples[0].rewards if samples else ():
-        given = [s.rewards[name] for s in samples]
-        scored = [value for value in given if value is not None]
-        metrics[f"reward/{name}"] = float(np.mean(scored)) if scored else float("nan")
-        metrics[f"reward/{name}_none"] = len(given) - len(scored)
+        scored = [s.rewards[name] for s in samples if s.rewards[name] is not None]
+        metrics[f"reward/{name}"] = mean(scored)
+        metrics[f"reward/{name}_none"] = len(samples) - len(scored)
     return metrics
 
 

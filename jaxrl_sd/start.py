@@ -2,7 +2,7 @@
 
 import importlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jaxrl_sd import config as configuration
-from jaxrl_sd import contexts, data, diagnostics, rollout, sharding, tokens, verify, weights
+from jaxrl_sd import contexts, data, diagnostics, sharding, tokens, verify, weights
 from jaxrl_sd.methods import Method
 from jaxrl_sd.model import ModelConfig, init_adapter
 from jaxrl_sd.rollout import Judge
@@ -53,15 +53,18 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
     """
     method = configuration.check(config)
     mesh = sharding.make_mesh(**config.mesh)
+    weights.load_config(config.model.path)  # says more about a wrong file than transformers does
     tokenizer = load_tokenizer(config.model.path)
-    frozen, models = load_models(config.model.path, tokenizer, method, mesh)
-    models[STUDENT] = model = replace(models[STUDENT], lora=configuration.lora(config))
-    params, frozen[STUDENT] = split_trained(frozen[STUDENT], model, config.seed)
+    sampling = sampling_config(config, tokenizer)
     train, held_out = load_problems(config, "train"), load_problems(config, "test")
     templates = configuration.templates(config)
     check_problems([*train, *held_out], method, tokenizer, templates["nothing"], config)
     check_judges(config, train, held_out)
-    sampling = sampling_config(config, tokenizer)
+    for note in compare_headers(method, tokenizer, templates, train[0]):
+        logging.warning("%s", note)
+    frozen, models = load_models(config.model.path, tokenizer, method, mesh)
+    models[STUDENT] = model = replace(models[STUDENT], lora=configuration.lora(config))
+    params, frozen[STUDENT] = split_trained(frozen[STUDENT], model, config.seed)
     configs = {name: models[t.source.checkpoint] for name, t in method.teachers.items()}
     configs[STUDENT] = model
     steps = make_steps(
@@ -77,8 +80,6 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
     )
     gaps = diagnostics.make_gaps(method, configs, config.rollout.temperature, config.compute.chunk)
     problems = data.shuffled(train, config.seed)
-    for note in compare_headers(method, tokenizer, templates, train[0]):
-        logging.warning("%s", note)
     folder = Path(config.output_dir)
     run = Run(
         *(config, method, model, tokenizer, problems, held_out),
@@ -147,11 +148,11 @@ def load_model(folder: str, tokenizer, mesh: jax.sharding.Mesh) -> tuple[Params,
     return params, replace(config, num_tokens=len(tokenizer))
 
 
-def split_trained(weights: Params, model: ModelConfig, seed: int) -> tuple[Params, Params]:
+def split_trained(params: Params, model: ModelConfig, seed: int) -> tuple[Params, Params]:
     """What is trained of a policy, and what stays as it is: an adapter and all else, or all."""
     if model.lora is None:
-        return weights, {}
-    return init_adapter(jax.random.key(seed), model), weights
+        return params, {}
+    return init_adapter(jax.random.key(seed), model), params
 
 
 def check_problems(
@@ -182,12 +183,14 @@ def check_prompts(
     Raises:
       InputError: naming the problem.
     """
-    first = problems[0]
-    tokens.render(tokenizer, template, {"problem": first.prompt}, first.turns)  # its own errors
-    try:
-        rollout.encode(problems, tokenizer, template, config.rollout.max_prompt)
-    except InputError as error:
-        raise InputError(f"rollout.max_prompt: {error}") from error
+    lengths = [_length(problem, tokenizer, template) for problem in problems]
+    limit, longest = config.rollout.max_prompt, int(np.argmax(lengths))
+    if lengths[longest] > limit:
+        raise InputError(
+            f"rollout.max_prompt: {sum(n > limit for n in lengths)} of {len(problems)} prompts are "
+            f"longer than {limit} tokens, the longest has {lengths[longest]}: "
+            f"{problems[longest].id}, {problems[longest].prompt[:80]!r}"
+        )
 
 
 def check_judges(config: ConfigDict, *splits: Sequence[Problem]) -> None:
@@ -207,18 +210,26 @@ def check_judges(config: ConfigDict, *splits: Sequence[Problem]) -> None:
                 f"data: {problem.id}: verifier: expected one of {sorted(verify.VERIFIERS)}, "
                 f"got {problem.verifier!r}"
             )
+        try:
+            _run_check(verify.PROBLEM_CHECKS, problem.verifier, problem.prompt, problem.answer)
+        except ValueError as error:
+            raise InputError(f"data: {problem.id}: {error}") from error
     for name in {problem.verifier for problem in itertools.chain(*splits)}:
-        if name in verify.MACHINE_CHECKS:
-            module, function = verify.MACHINE_CHECKS[name].split(":")
-            try:
-                getattr(importlib.import_module(module), function)()
-            except RuntimeError as error:
-                raise InputError(f"data: verifier {name!r}: {error}") from error
+        try:
+            _run_check(verify.MACHINE_CHECKS, name)
+        except RuntimeError as error:
+            raise InputError(f"data: verifier {name!r}: {error}") from error
+
+
+def _run_check(checks: Mapping[str, str], verifier: str, *arguments: str) -> None:
+    if verifier in checks:
+        module, function = checks[verifier].split(":")
+        getattr(importlib.import_module(module), function)(*arguments)
 
 
 def check_hints_fit(problems, name, teacher, tokenizer, templates, config) -> None:
     """The longest problem leaves room for each wording that this teacher can be shown."""
-    longest = max(problems, key=_characters)
+    longest = max(problems, key=lambda p: _length(p, tokenizer, templates["nothing"]))
     limit = config.rollout.max_hint_prompt
     for hint in possible_hints(longest, teacher.context):
         slots = {**dict.fromkeys(hint.slots, ""), "problem": longest.prompt}
@@ -257,8 +268,8 @@ def compare_headers(method: Method, tokenizer, templates, problem: Problem) -> l
     ]
 
 
-def _characters(problem: Problem) -> int:
-    return len(problem.prompt) + sum(len(text) for _, text in problem.turns)
+def _length(problem: Problem, tokenizer, template: Template) -> int:
+    return len(tokens.render(tokenizer, template, {"problem": problem.prompt}, problem.turns))
 
 
 def possible_hints(problem: Problem, context: contexts.Context) -> list[contexts.Hint]:

@@ -29,13 +29,19 @@ class Template(NamedTuple):
 
 
 TEXTS = Template._fields[:3]  # what a configuration may word
+# What Llama 3's chat templates call today. Some would take the clock's day, and a run that was
+# continued on another would have other prompts.
+DATE = "26 Jul 2024"
 
 
 def load_tokenizer(path: str | os.PathLike):
     """The tokenizer of a Hugging Face folder.
 
+    Llama's has no padding token. The one that ends a response then pads: what is padding is known
+    from lengths, never from ids.
+
     Raises:
-      InputError: there is none, or it has no chat template or no padding token.
+      InputError: there is none, or it has no chat template or nothing to pad with.
     """
     tokenizer = _read_tokenizer(path)
     if not tokenizer.chat_template:
@@ -44,9 +50,11 @@ def load_tokenizer(path: str | os.PathLike):
             "or the field chat_template of tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
         raise InputError(
-            f"model.path: the tokenizer in {path} has no padding token; set pad_token in its "
-            "tokenizer_config.json"
+            f"model.path: the tokenizer in {path} has no padding token and none that ends a "
+            "response; set pad_token in its tokenizer_config.json"
         )
     return tokenizer
 
@@ -66,11 +74,17 @@ def _read_tokenizer(path: str | os.PathLike):
     if not Path(path).is_dir():  # transformers would take it for the name of a download
         raise InputError(f"model.path: no tokenizer could be read from {path}: not a folder")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # transformers and its parsers raise whatever they meet
         raise InputError(
             f"model.path: no tokenizer could be read from {path}: {first_line(error)}"
         ) from error
+    # Without its files transformers makes one up that turns every text into nothing.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise InputError(
+            f"model.path: no tokenizer could be read from {path}: it has no token of text"
+        )
+    return tokenizer
 
 
 def is_text(value: object) -> bool:
@@ -151,7 +165,11 @@ def header(tokenizer, template: Template) -> list[int]:
 def _apply(tokenizer, messages: list[dict[str, str]], thinking: bool, header: bool) -> str:
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=header, enable_thinking=thinking
+            messages,
+            tokenize=False,
+            add_generation_prompt=header,
+            enable_thinking=thinking,
+            date_string=DATE,
         )
     except Exception as error:  # templates are programs
         roles = " and a ".join(message["role"] for message in messages)
@@ -230,7 +248,8 @@ def stop_ids(tokenizer, path: str | os.PathLike) -> tuple[int, ...]:
     """Ids that end a response: the tokenizer's and those of generation_config.json.
 
     Raises:
-      InputError: neither has one, or generation_config.json cannot be read.
+      InputError: neither has one, or generation_config.json cannot be read or has an id that the
+        tokenizer does not know.
     """
     file, ids = Path(path) / "generation_config.json", None
     if file.is_file():
@@ -239,10 +258,16 @@ def stop_ids(tokenizer, path: str | os.PathLike) -> tuple[int, ...]:
         except (ValueError, AttributeError) as error:
             raise InputError(f"{file}: expected a JSON object: {first_line(error)}") from error
     ids = ids if isinstance(ids, list) else [ids]
-    ids = {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    ids = [i for i in [*ids, tokenizer.eos_token_id] if i is not None]
+    for i in ids:
+        if type(i) is not int or not 0 <= i < len(tokenizer):
+            raise InputError(
+                f"{file}: eos_token_id has {i!r}, expected ids of the tokenizer's "
+                f"{len(tokenizer)} tokens"
+            )
     if not ids:
         raise InputError(
             f"model.path: neither the tokenizer nor generation_config.json in {path} names a "
             "token that ends a response"
         )
-    return tuple(sorted(ids))
+    return tuple(sorted(set(ids)))

@@ -327,12 +327,12 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def _write_shard(file: Path, flat: Mapping[str, Array], slots: Mapping[str, Slot]) -> None:
-    tensors = {name: _fetch(flat[slot.param], slot) for name, slot in slots.items()}
+    tensors = {name: fetch(flat[slot.param], slot) for name, slot in slots.items()}
     if jax.process_index() == 0:
         save_file(tensors, file, metadata={"format": "pt"})
 
 
-def _fetch(param: Array, slot: Slot) -> np.ndarray:
+def fetch(param: Array, slot: Slot) -> np.ndarray:
     """One tensor, on the host. A copy, because an array keeps what was once read from it."""
     x = param.copy() if slot.layer is ... else _take(param, slot.layer, slot.layout)
     if not x.is_fully_addressable:

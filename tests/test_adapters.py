@@ -99,7 +99,12 @@ def test_an_adapter_of_peft_is_ours(tmp_path):
         ("target_modules", "all-linear"),
         ("target_modules", ["q_proj", "lm_head"]),
         ("rank_pattern", {"q_proj": 8}),
+        ("init_lora_weights", "pissa_niter_4"),
         ("r", 0),
+        ("r", 8.5),
+        ("r", float("inf")),
+        ("lora_alpha", True),
+        ("target_modules", [["q_proj"]]),
     ],
 )
 def test_a_kind_of_adapter_without_code_is_named(tmp_path, field, value):
@@ -166,6 +171,12 @@ def test_copies_and_checkpoints_hold_no_more_than_the_adapter(tmp_path):
             checkpoint.restore(checkpoints, other, {}, tmp_path)
 
 
+def test_only_the_first_process_writes_an_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    adapters.save(tmp_path / "adapter", draw_adapter(CONFIG), CONFIG, base="somewhere")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_the_chat_template_comes_along(tmp_path):
     config = lora_config(tmp_path)
     config.steps = 1
@@ -181,6 +192,7 @@ def test_the_chat_template_comes_along(tmp_path):
         ("targets", ()),
         ("targets", ("q",)),
         ("targets", ("q_proj",) * 2),
+        ("targets", ([],)),
     ],
 )
 def test_settings_without_sense_are_refused(tmp_path, field, value):

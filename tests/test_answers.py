@@ -202,11 +202,15 @@ def test_damaged_answers_are_named(whole, tmp_path):
 # ---- results
 
 
-def record(name, correct, final=None, verifier="math", truncated=False, length=10):
+def record(
+    name, correct, final=None, verifier="math", truncated=False, length=10, score=None, **rewards
+):
     samples = [
         {
             "text": "",
             "correct": verdict,
+            "score": score if verdict is None or rewards else float(verdict),
+            "rewards": rewards,
             "truncated": truncated,
             "length": length,
             "final_answer": answer,
@@ -264,6 +268,22 @@ def test_results_by_hand():
     assert "| length in tokens | 20.0 [10.0, 30.0] | 3 |" in text
     assert '| data.suffix | "\\n\\nThink." |' in text  # or the table would end here
     assert "| a | 2/3 | correct | 0 | 20.0 |\n| b | 1/4 | wrong | 0 | 10.0 |" in text
+
+
+def test_rewards_are_averaged_where_they_could_be_given():
+    settings = {**SETTINGS, "reward": {"functions": ["r.py:f", "r.py:g"], "correct_above": 0.5}}
+    judged = record("a", [True, True], score=2.5, f=2.0, g=None)
+    failed = record("b", [None, None], f=None, g=None)
+    out = results.summarize(settings, [judged, failed])
+    assert out["estimates"]["score"]["value"] == 2.5
+    assert out["estimates"]["reward/f"] == out["estimates"]["score"] | dict.fromkeys(
+        ("value", "low", "high"), 2.0
+    )
+    text = results.markdown(out)
+    assert "| score | 2.5 [2.5, 2.5] | 1 |\n| reward/f | 2 [2, 2] | 1 |" in text
+    assert "| reward/g | not measured | 0 |" in text
+    assert "Correct: a score above 0.5." in text
+    assert not {"score", "reward/f"} & results.summarize(SETTINGS, RECORDS)["estimates"].keys()
 
 
 @pytest.mark.parametrize("functions", [(), ("rewards.py:length",)])

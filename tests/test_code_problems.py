@@ -99,6 +99,8 @@ class Hostile:
         ({"private_test_cases": packed({"a": 1})}, "private_test_cases: cannot be read"),
         ({"public_test_cases": '[{"input": "1"}]'}, "tests: expected inputs and outputs"),
         ({"metadata": "{"}, "tests: expected inputs and outputs, and JSON in metadata"),
+        ({"question_content": None}, "question_content: expected text, got None"),
+        ({"public_test_cases": "[]", "private_test_cases": "[]"}, "tests: expected at least one"),
     ],
 )
 def test_tests_that_cannot_be_read_are_named(tmp_path, monkeypatch, changes, message):
@@ -106,3 +108,11 @@ def test_tests_that_cannot_be_read_are_named(tmp_path, monkeypatch, changes, mes
     with pytest.raises(InputError, match=rf"data: .*rows.jsonl:1: .*{message}"):
         load(tmp_path, STDIN | changes)
     assert not (tmp_path / "made_by_a_pickle").exists()
+
+
+@pytest.mark.parametrize("column", ["prompt", "test", "entry_point"])
+@pytest.mark.parametrize("value", [None, " ", [{"role": "user", "content": "?"}]])
+def test_a_row_of_human_eval_is_text(tmp_path, column, value):
+    """Without an entry point, `check` would never be called and any program pass."""
+    with pytest.raises(InputError, match=rf"rows.jsonl:1: {column}: expected text, got"):
+        load(tmp_path, HUMAN_EVAL | {column: value})

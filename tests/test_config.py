@@ -76,6 +76,7 @@ def test_schedules_count_steps_and_not_updates(config):
         ("rollout.group_size", 1, "rollout.group_size: rlsd compares .* at least 2, got 1"),
         ("rollout.temperature", 0.0, "rollout.temperature: expected more than 0"),
         ("rollout.top_p", 1.5, r"rollout.top_p: expected in \(0, 1\], got 1.5"),
+        ("rollout.presence_penalty", -3.0, r"rollout.presence_penalty: expected in \[-2, 2\]"),
         ("optimizer.schedule", "steep", "optimizer.schedule: expected one of .*'cosine'"),
         ("optimizer.mini_batches", 5, "optimizer.mini_batches: expected a divisor of 32 prompts"),
         ("optimizer.epochs", 0, "optimizer.epochs: expected at least 1, got 0"),
@@ -249,9 +250,38 @@ def problems(tmp_path):
     return write
 
 
-def test_a_prompt_over_the_limit_is_named(config, problems):
-    config.data.train = problems({"prompt": "1 2 3 " * 30, "answer": "6"})
-    with pytest.raises(InputError, match=r"prompt: \d+ tokens, expected at most 12.*'1 2 3"):
+def test_the_longest_prompt_over_the_limit_is_named(config, problems):
+    prompts = ("1 2", "1 2 3 " * 30, "4 5 6 " * 40, "7 " * 20)
+    config.data.train = problems(*({"prompt": text, "answer": "6"} for text in prompts))
+    config.data.num_test = 4
+    message = r"max_prompt: 3 of 8 prompts are longer than 12 tokens, .* 12\d: .*:3, '4 5 6"
+    with pytest.raises(InputError, match=message):
+        prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "message"),
+    [
+        ("countdown", "prompt: got '1 2', expected a problem such as '4 7 4 : 32' in it"),
+        ("code", "answer: got '3', expected"),
+        ("sums", "verifier: expected one of .*'math'.*, got 'sums'"),
+    ],
+)
+def test_a_problem_that_no_answer_could_solve_is_named(config, problems, verifier, message):
+    config.data.train = problems({"prompt": "1 2", "answer": "3", "verifier": verifier})
+    config.data.num_test = 1
+    with pytest.raises(InputError, match=rf"data: .*:1: {message}"):
+        prepare(config)
+
+
+def test_the_problem_of_most_tokens_has_to_fit_a_hint(config, problems):
+    """Not that of most characters, which one word of another script may have."""
+    rows = [{"prompt": text, "answer": "6"} for text in ("1" * 80, "1 2 3 4 5")]
+    config.data.train = config.data.test = problems(*rows)
+    config.rollout.max_hint_prompt = 7
+    with pytest.raises(
+        InputError, match=r"rollout.max_hint_prompt: .* for the problem '1 2 3 4 5'"
+    ):
         prepare(config)
 
 

@@ -447,6 +447,27 @@ def test_a_tokenizer_without_chat_template_is_an_error(tmp_path):
         tokens.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("ids", ['"<|im_end|>"', "[[1]]", "{}", "true", "-1", "[2, 259]"])
+def test_stop_ids_are_tokens(tokenizer, tmp_path, ids):
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id has .*259 tokens"):
+        tokens.stop_ids(tokenizer, tmp_path)
+
+
+def test_the_end_pads_where_nothing_else_does(tmp_path):
+    tokenizer = new_tokenizer(eos_token="<|im_end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    assert tokens.load_tokenizer(tmp_path).pad_token_id == tokenizer.eos_token_id
+
+
+def test_prompts_are_the_same_every_day():
+    tokenizer = new_tokenizer(eos_token="<|im_end|>")
+    tokenizer.chat_template = "{{ date_string or strftime_now('%c') }} {{ messages[0].content }}"
+    ids = tokens.render(tokenizer, TEMPLATES["nothing"], {"problem": "1 + 1"})
+    assert tokenizer.decode(ids) == "26 Jul 2024 1 + 1"
+
+
 def test_a_tokenizer_without_padding_is_an_error(tmp_path):
     tokenizer = new_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -455,6 +476,14 @@ def test_a_tokenizer_without_padding_is_an_error(tmp_path):
         tokens.load_tokenizer(tmp_path)
     with pytest.raises(InputError, match=r"model\.path: .* names a token that ends a response"):
         tokens.stop_ids(tokenizer, tmp_path)
+
+
+def test_a_model_without_tokenizer_files_is_an_error(tmp_path):
+    """transformers knows the class from the model, and gives an empty one."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    with pytest.raises(InputError, match="has no token of text"):
+        tokens.load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_an_error(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from small_run import small_config
 
-from experiments.convert import read, write
+from experiments.convert import make_empty, read, write
 from jaxrl_sd import adapters, weights
 from jaxrl_sd import config as configuration
 from jaxrl_sd.model import Lora, init_adapter, merge
@@ -74,6 +74,22 @@ def test_an_adapter_is_merged(tmp_path, form):
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_an_adapter_alone_has_the_type_asked_for(tmp_path):
+    config = replace(weights.load_config(TINY), lora=Lora(2, 3.0, ("v", "down")))
+    adapter = init_adapter(jax.random.key(0), config)
+    adapters.save(tmp_path / "adapter", adapter, config, base=str(TINY))
+    convert(TINY, tmp_path / "out", "peft", "bfloat16", adapter=tmp_path / "adapter")
+    got, want = tensors(tmp_path / "out"), tensors(tmp_path / "adapter")
+    assert_same_tensors(got, {name: x.astype(jnp.bfloat16) for name, x in want.items()})
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"--output: .* cannot be made: "):
+            make_empty(target)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_a_run_had_at_a_step(tmp_path, rank):
     config = small_config(tmp_path / "run", lora__rank=rank, checkpoint__every=1)
@@ -90,10 +106,10 @@ def test_what_a_run_had_at_a_step(tmp_path, rank):
         # Merged over 8 devices and on one: the same sums, rounded in another order.
         for tensor, x in want.items():
             np.testing.assert_allclose(got[tensor], x, rtol=0, atol=1e-7 if rank else 0.0)
-    with pytest.raises(
-        InputError, match=r"--step: .* has checkpoints of the steps \[1, 2\], got 9"
-    ):
-        convert(tmp_path / "run", tmp_path / "none", step=9)
+    for step in (0, 9):
+        message = rf"--step: .* has checkpoints of the steps \[1, 2\], got {step}"
+        with pytest.raises(InputError, match=message):
+            convert(tmp_path / "run", tmp_path / "none", step=step)
     if rank:
         convert(tmp_path / "run", tmp_path / "adapter", "peft")
         assert_same_tensors(tensors(tmp_path / "adapter"), tensors(tmp_path / "run/adapter"))
@@ -109,6 +125,33 @@ def test_a_run_over_a_model_that_changed_is_refused(tmp_path):
     weights.save(model, params, of_model, eos_token_id=None)
     with pytest.raises(InputError, match="the weights are not those that the run in"):
         convert(tmp_path / "run", tmp_path / "out")
+
+
+DAMAGED = """
+import sys
+from pathlib import Path
+from experiments.convert import read
+from jaxrl_sd.types import InputError
+folder = Path(sys.argv[1])
+for path in folder.glob("checkpoints/*/state/**/d/*"):
+    path.write_bytes(b"")
+try:
+    read(folder, None, None, "stored")
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_damaged_run_is_named(tmp_path):
+    config = small_config(tmp_path / "run")
+    config.steps = 1
+    train(config)
+    # In a process of its own: orbax leaves an event loop behind, which is a warning here.
+    command = [sys.executable, "-c", DAMAGED, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TINY.parents[2])
+    message = f"--step: checkpoint 1 in {tmp_path}/run cannot be read"
+    assert done.stdout.startswith(message), done.stderr[-2000:]
+    assert done.stdout.count("\n") == 1
 
 
 def test_flags_that_do_not_fit_the_input_are_refused(tmp_path):

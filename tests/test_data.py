@@ -88,6 +88,19 @@ def test_an_integer_may_have_leading_zeros(tmp_path, answer):
     assert not math.verify(problem.prompt, problem.answer, r"\boxed{3}")
 
 
+def test_numbers_are_written_without_exponents(tmp_path):
+    """Read as mathematics, 1e-07 is e - 7 or worse, and no answer would be right."""
+    rows = read(tmp_path, *({"prompt": "?", "answer": x} for x in (1e-07, 1e22, 2.50, 7)))
+    assert [row.answer for row in rows] == ["0.0000001", "1" + 22 * "0", "2.5", "7"]
+
+
+def test_an_answer_alone_is_no_solution(tmp_path):
+    """DAPO-Math-17k-Processed has the answer in the column `solution` too."""
+    row = {"prompt": "?", "solution": "34", "reward_model": {"ground_truth": "34"}}
+    (problem,) = read(tmp_path, row)
+    assert (problem.answer, problem.solution) == ("34", None)
+
+
 def test_numbers_of_numpy_are_numbers():
     rows = {"0": {"problem": "?", "answer": np.int64(70)}}
     assert data.parse(rows, {}, "math", answers=True)[0].answer == "70"
@@ -143,6 +156,8 @@ def test_earlier_turns_stand_in_front_of_students_and_teachers_prompts():
         (("1" * 5000,), "jsonl:1: expected a JSON object"),
         (({"prompt": "x", "answer": "so ####"},), r"expected one of the columns \('answer'"),
         (({"prompt": "x", "solution": "so 5"},), r"expected one of the columns \('answer'"),
+        (({"prompt": "x", "answer": float("nan")},), r"expected one of the columns \('answer'"),
+        (({"prompt": float("nan"), "answer": "1"},), r"expected one of the columns \('prompt'"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):

@@ -48,6 +48,16 @@ def test_methods_train_through_the_entry_point(tmp_path, name):
     assert len(record["response_tokens"]) == len(record["advantage"])
 
 
+def test_a_run_goes_on_when_its_teacher_was_moved(tmp_path):
+    config = small_config(tmp_path / "run", method__name="opd")
+    config.method.teacher = other_model(tmp_path / "teacher")
+    config.steps = 1
+    train(config)
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    config.method.teacher, config.steps = str(tmp_path / "moved"), 2
+    assert train(config)["steps"] == 2
+
+
 def other_model(folder) -> str:
     """A model of one layer and another width, with the shipped model's tokenizer."""
     _, config = weights.load(configuration.TINY_MODEL)

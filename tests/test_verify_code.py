@@ -165,6 +165,7 @@ def test_outputs_are_compared_by_words(expected, got, is_same):
         '{"inputs": [[1]], "outputs": [1], "fn_name": 2}',
         '{"tests": 3}',
         '{"tests": "assert f("}',
+        '{"tests": "def check(f): pass", "entry_point": null}',
         '["import math"]',
         "[3]",
     ],

@@ -17,6 +17,12 @@ VERIFIERS: dict[str, str] = {
 # Functions that raise RuntimeError where the machine lacks what a verifier needs.
 MACHINE_CHECKS: dict[str, str] = {"code": "jaxrl_sd.verify.sandbox:check"}
 
+# Functions of a prompt and an answer that raise ValueError where no response could be judged.
+PROBLEM_CHECKS: dict[str, str] = {
+    "countdown": "jaxrl_sd.verify.countdown:check_problem",
+    "code": "jaxrl_sd.verify.code:check_problem",
+}
+
 # Functions `final_answer(response: str) -> str | None` that give equal answers equal texts. Where a
 # verifier has none, its answers cannot be put to a vote (maj@k).
 FINAL_ANSWERS: dict[str, str] = {"math": "jaxrl_sd.verify.math:final_answer"}

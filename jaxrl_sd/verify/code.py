@@ -130,6 +130,11 @@ def _program(response: str) -> str:
     return textwrap.dedent(blocks[-1]) if blocks else response
 
 
+def check_problem(prompt: str, answer: str) -> None:
+    """ValueError where the answer holds no tests."""
+    _read_answer(answer)
+
+
 def _read_answer(answer: str) -> list[_Script] | list[_Call]:
     try:
         tests = _read_tests(json.loads(answer))
@@ -150,9 +155,11 @@ def _read_tests(data: object) -> list[_Script] | list[_Call]:
         case {"tests": [_, *_] as statements} | ([_, *_] as statements):
             return _read_assertions(statements)
         case {"tests": str(source)}:
-            has_check = "entry_point" in data and re.search(r"^def check\(", source, re.MULTILINE)
-            call = f"\ncheck({data['entry_point']})" if has_check else ""
-            return [_read_program("the test program", source + call)]
+            if "entry_point" in data and re.search(r"^def check\(", source, re.MULTILINE):
+                if not str(data["entry_point"]).isidentifier() or data["entry_point"] is None:
+                    raise ValueError(f"entry_point is {data['entry_point']!r}")
+                source += f"\ncheck({data['entry_point']})"
+            return [_read_program("the test program", source)]
     raise ValueError("none of these")
 
 

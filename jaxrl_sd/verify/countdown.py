@@ -31,6 +31,11 @@ def verify(prompt: str, answer: str, response: str) -> bool:
     return numbers == [target]
 
 
+def check_problem(prompt: str, answer: str) -> None:
+    """ValueError where the prompt holds no problem."""
+    _read_problem(prompt)
+
+
 def _read_problem(prompt: str) -> tuple[list[int], int]:
     matches = _PROBLEM.findall(prompt)
     if not matches:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # it imports JAX, which no worker may
     from jaxrl_sd.types import Problem
 
 OF_SAMPLES = ("prompts", "completions", "completion_ids")
+LARGEST = 1e9  # its square is summed in float32
 HIDDEN = ("prompt", "completion", *OF_SAMPLES)  # columns that TRL does not pass on
 
 
@@ -217,8 +218,10 @@ def _number(reward: Any) -> float:
         number = math.nan if isinstance(reward, str | bytes) else float(reward)
     except (TypeError, ValueError, RuntimeError):  # the last of a tensor with several elements
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"expected finite numbers or None as rewards, got {reward!r:.80}")
+    if not abs(number) <= LARGEST:  # nor NaN
+        raise ValueError(
+            f"expected None or numbers of at most {LARGEST:.0e} as rewards, got {reward!r:.80}"
+        )
     return number
 
 
