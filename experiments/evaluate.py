@@ -1,7 +1,8 @@
 """Benchmarks a model: avg@k, pass@k and maj@k with intervals, lengths, and a table of problems.
 
-    python -m experiments.evaluate --benchmark=aime24 --decoding=cast --output_dir=runs/aime24 \\
-        --config=experiments/configs/qwen3_jsonl.py --config.model.path=/models/Qwen3-4B
+    python -m experiments.evaluate --benchmark=math500 --decoding=rlsd --samples=4 \\
+        --config=experiments/configs/qwen3_jsonl.py --config.model.path=/models/Qwen3-4B \\
+        --config.rollout.prompts=8 --output_dir=runs/math500
 
 writes samples.jsonl (every answer), results.json and results.md. The same command continues an
 evaluation that was stopped, and writes the results of a finished one anew. Without --benchmark the

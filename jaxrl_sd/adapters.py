@@ -26,6 +26,12 @@ FIXED = {
     "alpha_pattern": {},
     "modules_to_save": None,
     "layers_to_transform": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "kasa_config": None,
+    "arrow_config": None,
+    "monteclora_config": None,
 }
 # How factors may have been drawn. Others (PiSSA, OLoRA) subtract the first product from the weights
 # under it, so that an adapter is not what is added to the model as it is stored.

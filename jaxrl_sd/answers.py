@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from jaxrl_sd import checkpoint, evaluate, metrics, rollout, sampler, sharding
 from jaxrl_sd import config as configuration
 from jaxrl_sd.start import (
+    batch_size,
     check_judges,
     check_prompts,
     load_model,
@@ -73,7 +74,8 @@ def collect(config: ConfigDict, split: str) -> tuple[list[Problem], list[Record]
         "weights": checkpoint.fingerprint(params),
         "problems": _fingerprint(problems, *prompts),
     }
-    records = _start_or_resume(folder, settings, len(problems))
+    batch = batch_size(config, len(problems))
+    records = _start_or_resume(folder, settings, len(problems), batch)
     sampling = sampling_config(config, tokenizer)
     draw = partial(
         sampler.sample,
@@ -91,7 +93,7 @@ def collect(config: ConfigDict, split: str) -> tuple[list[Problem], list[Record]
             template,
             judge,
             max_prompt=config.rollout.max_prompt,
-            batch=config.rollout.prompts,
+            batch=batch,
             stop_ids=sampling.stop_ids,
             first=len(records),
         )
@@ -159,7 +161,9 @@ def _fingerprint(problems: Sequence[Problem], prompt: np.ndarray, length: np.nda
     return hashlib.sha256(json.dumps([ids, judged]).encode()).hexdigest()[:16]
 
 
-def _start_or_resume(folder: Path, settings: dict[str, Any], num_problems: int) -> list[Record]:
+def _start_or_resume(
+    folder: Path, settings: dict[str, Any], num_problems: int, batch: int
+) -> list[Record]:
     """The answers of all whole batches in `folder`; its file then holds exactly them."""
     path = folder / FILE
     if not path.exists():
@@ -169,7 +173,7 @@ def _start_or_resume(folder: Path, settings: dict[str, Any], num_problems: int) 
     old, records = read(folder)
     checkpoint.check_same_run(old, settings, folder, free=("model.path",))  # `weights` says it
     if len(records) < num_problems:
-        records = records[: len(records) - len(records) % settings["rollout"]["prompts"]]
+        records = records[: len(records) - len(records) % batch]
     metrics.write_whole(path, "".join(map(_line, records)))
     return records
 

@@ -253,7 +253,7 @@ def _chosen_biases(file: Path, fields: dict, family: Family) -> tuple[str, ...]:
     return tuple(name for names in on for name in names)
 
 
-def _rope(file: Path, fields: dict) -> tuple[float, rope.Default]:
+def _rope(file: Path, fields: dict) -> tuple[float, rope.Scaling]:
     # transformers 5: rope_parameters; before: rope_theta, and rope_scaling if positions are scaled.
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     given = _optional(file, fields, name, dict, {})
@@ -277,7 +277,7 @@ def _rope(file: Path, fields: dict) -> tuple[float, rope.Default]:
     return theta, _scaling(file, given, rope.SCALINGS[kind])
 
 
-def _scaling(file: Path, given: dict, kind: type[rope.Default]) -> rope.Default:
+def _scaling(file: Path, given: dict, kind: type[rope.Scaling]) -> rope.Scaling:
     values, hints = {}, get_type_hints(kind)
     for entry in dataclasses.fields(kind):
         value_type = (get_args(hints[entry.name]) or (hints[entry.name],))[0]  # X of X | None

@@ -13,6 +13,7 @@ class Benchmark(NamedTuple):
     source: str
     split: str
     subset: str = ""
+    suffix: str | None = None  # that ends its prompts, whatever the decoding has
 
 
 class Decoding(NamedTuple):
@@ -35,16 +36,17 @@ BENCHMARKS = {
     "amc23": Benchmark("math-ai/amc23", "test"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", "test"),
     "gsm8k": Benchmark("openai/gsm8k", "test", "main"),
-    "humaneval_plus": Benchmark("evalplus/humanevalplus", "test"),
+    "humaneval_plus": Benchmark("evalplus/humanevalplus", "test", suffix=""),
     # A loading script, which `datasets` runs no more: download its files test*.jsonl, of which the
     # fifth and the sixth are what releases 5 and 6 added, and give one as data.test.
-    "livecodebench": Benchmark("livecodebench/code_generation_lite", "test", "release_v6"),
+    "livecodebench": Benchmark("livecodebench/code_generation_lite", "test", "release_v6", ""),
 }
 
 BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 DECODING = {
-    # Pass@1 is the first sample's there, avg@1 here. Seed 42; the prompt's limit is 8,192 tokens.
+    # Its pass@1 is of the first sample; avg@16 stands for it here. Its seed is 42 and its limit of
+    # prompts 8,192 tokens, which are settings of the run.
     "cast": Decoding("2606.00172, Table 10", 16, 0.7, 0.8, 20, 32_768, False, BOXED, 0.0),
     # Mathematics and LiveCodeBench. Rollouts have top-p 0.95 and 4,096 or, for code, 8,192 tokens;
     # whether evaluation has the same is not stated.
@@ -88,6 +90,8 @@ def settings(benchmark: str | None, decoding: str | None) -> dict[str, Any]:
             "rollout.presence_penalty": d.presence_penalty,
         }
         found |= {field: value for field, value in stated.items() if value is not None}
+    if benchmark is not None and BENCHMARKS[benchmark].suffix is not None:
+        found["data.suffix"] = BENCHMARKS[benchmark].suffix
     return found
 
 

@@ -142,7 +142,8 @@ def _check_same_weights(old: list[int], like: State, folder: Path) -> None:
         )
 
 
-# A run may go on for longer, from another folder, with other workers, other limits and saves.
+# A run may go on for longer, from another folder, with other workers, other limits and saves. A
+# moved model is recognised by its frozen weights; one that is trained whole is in the checkpoint.
 FREE = (
     *("steps", "output_dir", "model.path", "method.teacher", "rollout.max_rounds"),
     *("verifier.workers", "checkpoint.every", "checkpoint.keep"),

@@ -103,7 +103,7 @@ def default() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.every = 20  # steps; the start and the end are always evaluated
-    config.evaluation.samples = 4  # k of avg@k and pass@k, at the rollout's sampling settings
+    config.evaluation.samples = 4  # k of avg@k, pass@k, maj@k, drawn as rollouts are
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 20  # steps

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+from absl import logging
 
 from jaxrl_sd import code_problems, countdown
 from jaxrl_sd.tokens import is_text
@@ -229,6 +230,10 @@ def _rows(source: str, subset: str, split: str, count: int) -> dict[str, Row]:
         )
     if not rows:
         raise InputError(f"expected at least one problem, got an empty data set: {source}")
+    if 0 < count < len(rows):
+        logging.warning(
+            "data: the first %d of the %d rows of %s are read", count, len(rows), source
+        )
     return dict(itertools.islice(rows.items(), count or None))
 
 

@@ -7,6 +7,7 @@ the part of MMFineReason-1.8M that Qwen3-VL-4B-Thinking never solved): k = 4 and
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def write(
     """
     rates = evaluate.means(answers.verdicts(records))
     lines = [
-        json.dumps(metrics.strict({**problem.columns, "pass_rate": rate}), default=str) + "\n"
+        _line({**problem.columns, "pass_rate": rate})
         for problem, rate in zip(problems, rates.tolist(), strict=True)
         if min_pass <= rate <= max_pass
     ]
@@ -56,3 +57,8 @@ def write(
         "too hard": int(np.sum(rates < min_pass)),
         "ungraded": int(np.sum(np.isnan(rates))),
     }
+
+
+def _line(row: dict[str, Any]) -> str:
+    filled = {name: None if value != value else value for name, value in row.items()}  # no NaN
+    return json.dumps(metrics.strict(filled), default=str) + "\n"

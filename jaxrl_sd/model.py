@@ -58,7 +58,7 @@ class ModelConfig:
     lora: Lora | None = None
     qk_norm: bool = True
     biases: tuple[str, ...] = ()  # of LINEAR
-    rope_scaling: rope.Default = rope.DEFAULT
+    rope_scaling: rope.Scaling = rope.UNSCALED
     family: str = "qwen3"  # of architectures.FAMILIES: how its files are written
     max_position_embeddings: int | None = None  # passed on from file to file
 

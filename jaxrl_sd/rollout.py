@@ -34,7 +34,7 @@ def verify(
     samples: Samples,
     tokenizer,
     stop_ids: Sequence[int],
-    pool: Judge,
+    judge: Judge,
 ) -> list[list[Sample]]:
     """Texts and verdicts of every sample, by group.
 
@@ -54,7 +54,7 @@ def verify(
         )
     ]
     texts = [tokens.response_text(tokenizer, row, stop_ids) for row in ids]
-    verdicts = pool.judge(asked, texts, ids)
+    verdicts = judge.judge(asked, texts, ids)
     out = [
         Sample(row, text, truncated=bool(truncated), **verdict._asdict())
         for row, text, verdict, truncated in zip(
@@ -166,7 +166,7 @@ def answer(
     problems: Sequence[Problem],
     tokenizer,
     template: Template,
-    pool: Judge,
+    judge: Judge,
     *,
     max_prompt: int,
     batch: int,
@@ -189,7 +189,7 @@ def answer(
         prompt = encode(padded, tokenizer, template, max_prompt)
         samples = jax.device_get(draw(jax.random.fold_in(key, i), *prompt))
         samples = Samples(**{name: x[: len(part)] for name, x in vars(samples).items()})
-        yield verify(part, samples, tokenizer, stop_ids, pool)
+        yield verify(part, samples, tokenizer, stop_ids, judge)
 
 
 def measure(groups: Sequence[Sequence[Sample]]) -> tuple[np.ndarray, dict[str, float]]:
@@ -200,7 +200,9 @@ def measure(groups: Sequence[Sequence[Sample]]) -> tuple[np.ndarray, dict[str, f
     """
     verdicts = [[np.nan if s.correct is None else s.correct for s in group] for group in groups]
     samples = [sample for group in groups for sample in group]
+    scores = [sample.score for sample in samples if sample.correct is not None]
     metrics = {
+        "score": float(np.mean(scores)) if scores else float("nan"),
         "length": float(np.mean([len(sample.ids) for sample in samples])),
         "truncated": float(np.mean([sample.truncated for sample in samples])),
         **failures(samples),

@@ -13,8 +13,8 @@ from jaxrl_sd.types import Array, InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Default:
-    """Frequencies theta^(-2i / H), i < H/2 (RoFormer, 2104.09864)."""
+class Scaling:
+    """How frequencies theta^(-2i / H), i < H/2, are changed: here not at all (2104.09864)."""
 
     def scale(self, frequency: Array, theta: float) -> Array:
         return frequency
@@ -25,7 +25,7 @@ class Default:
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(Default):
+class Linear(Scaling):
     """All positions divided by a factor (2306.15595)."""
 
     factor: float
@@ -35,7 +35,7 @@ class Linear(Default):
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3(Default):
+class Llama3(Scaling):
     """Llama 3.1's: long wavelengths are divided, short ones kept, a ramp between them."""
 
     factor: float
@@ -58,7 +58,7 @@ class Llama3(Default):
 
 
 @dataclasses.dataclass(frozen=True)
-class Yarn(Default):
+class Yarn(Scaling):
     """YaRN (2309.00071): a ramp over the dimensions, and sharper attention."""
 
     factor: float
@@ -97,11 +97,11 @@ class Yarn(Default):
         return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
-DEFAULT = Default()
-SCALINGS = {"default": Default, "linear": Linear, "llama3": Llama3, "yarn": Yarn}
+UNSCALED = Scaling()
+SCALINGS = {"default": Scaling, "linear": Linear, "llama3": Llama3, "yarn": Yarn}
 
 
-def rope(x: Array, positions: Array, theta: float, scaling: Default = DEFAULT) -> Array:
+def rope(x: Array, positions: Array, theta: float, scaling: Scaling = UNSCALED) -> Array:
     """Rotates pairs (i, i + H/2) of x [..., heads, H] by positions [...], in float32."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)

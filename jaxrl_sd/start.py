@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jaxrl_sd import config as configuration
 from jaxrl_sd import contexts, data, diagnostics, sharding, tokens, verify, weights
 from jaxrl_sd.methods import Method
+from jaxrl_sd.methods.base import Teacher
 from jaxrl_sd.model import ModelConfig, init_adapter
 from jaxrl_sd.rollout import Judge
 from jaxrl_sd.sampler import SamplingConfig
@@ -58,7 +59,7 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
     sampling = sampling_config(config, tokenizer)
     train, held_out = load_problems(config, "train"), load_problems(config, "test")
     templates = configuration.templates(config)
-    check_problems([*train, *held_out], method, tokenizer, templates["nothing"], config)
+    check_problems([*train, *held_out], method, tokenizer, templates, config)
     check_judges(config, train, held_out)
     for note in compare_headers(method, tokenizer, templates, train[0]):
         logging.warning("%s", note)
@@ -82,8 +83,18 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
     problems = data.shuffled(train, config.seed)
     folder = Path(config.output_dir)
     run = Run(
-        *(config, method, model, tokenizer, problems, held_out),
-        *(templates, sampling, mesh, steps, gaps, folder),
+        config=config,
+        method=method,
+        model=model,
+        tokenizer=tokenizer,
+        problems=problems,
+        held_out=held_out,
+        templates=templates,
+        sampling=sampling,
+        mesh=mesh,
+        steps=steps,
+        gaps=gaps,
+        folder=folder,
     )
     return run, params, frozen
 
@@ -99,6 +110,12 @@ def load_problems(config: ConfigDict, split: str) -> list[Problem]:
         verifier=c.verifier,
         answers=not config.reward.functions,
     )
+
+
+def batch_size(config: ConfigDict, num_problems: int) -> int:
+    """Problems to sample at a time for evaluation: no more than there are, all devices busy."""
+    devices = config.mesh.data * config.mesh.fsdp
+    return min(config.rollout.prompts, -(-num_problems // devices) * devices)
 
 
 def sampling_config(config: ConfigDict, tokenizer) -> SamplingConfig:
@@ -156,14 +173,18 @@ def split_trained(params: Params, model: ModelConfig, seed: int) -> tuple[Params
 
 
 def check_problems(
-    problems: Sequence[Problem], method: Method, tokenizer, template: Template, config: ConfigDict
+    problems: Sequence[Problem],
+    method: Method,
+    tokenizer,
+    templates: Mapping[str, Template],
+    config: ConfigDict,
 ) -> None:
     """Every problem has what the method shows its teachers, and its prompts fit.
 
     Raises:
       InputError: naming the problem.
     """
-    check_prompts(problems, tokenizer, template, config)
+    check_prompts(problems, tokenizer, templates["nothing"], config)
     for name, teacher in method.teachers.items():
         for problem in problems:
             for field in teacher.context.needs:
@@ -172,7 +193,7 @@ def check_problems(
                         f"data: {problem.id}: {config.method.name} shows its {name} the {field} "
                         f"of each problem, and this one has none"
                     )
-        check_hints_fit(problems, name, teacher, tokenizer, configuration.templates(config), config)
+        check_hints_fit(problems, name, teacher, tokenizer, templates, config)
 
 
 def check_prompts(
@@ -215,6 +236,11 @@ def check_judges(config: ConfigDict, *splits: Sequence[Problem]) -> None:
         except ValueError as error:
             raise InputError(f"data: {problem.id}: {error}") from error
     for name in {problem.verifier for problem in itertools.chain(*splits)}:
+        if config.verifier.timeout_s <= verify.SECONDS.get(name, 0.0):
+            raise InputError(
+                f"verifier.timeout_s: expected more than the {verify.SECONDS[name]} seconds that "
+                f"verifier {name!r} may take, got {config.verifier.timeout_s}"
+            )
         try:
             _run_check(verify.MACHINE_CHECKS, name)
         except RuntimeError as error:
@@ -227,7 +253,14 @@ def _run_check(checks: Mapping[str, str], verifier: str, *arguments: str) -> Non
         getattr(importlib.import_module(module), function)(*arguments)
 
 
-def check_hints_fit(problems, name, teacher, tokenizer, templates, config) -> None:
+def check_hints_fit(
+    problems: Sequence[Problem],
+    name: str,
+    teacher: Teacher,
+    tokenizer,
+    templates: Mapping[str, Template],
+    config: ConfigDict,
+) -> None:
     """The longest problem leaves room for each wording that this teacher can be shown."""
     longest = max(problems, key=lambda p: _length(p, tokenizer, templates["nothing"]))
     limit = config.rollout.max_hint_prompt

@@ -38,7 +38,7 @@ from jaxrl_sd import config as configuration
 from jaxrl_sd.metrics import Writer, strict
 from jaxrl_sd.model import merge
 from jaxrl_sd.rollout import Judge
-from jaxrl_sd.start import Run, open_judge, prepare
+from jaxrl_sd.start import Run, batch_size, open_judge, prepare
 from jaxrl_sd.types import Batch, InputError, Problem, Rollouts, Sample
 from jaxrl_sd.update import State, init_state
 from jaxrl_sd.vocabulary import STUDENT
@@ -69,8 +69,8 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """Trains, evaluates, saves and reports. A run found in `config.output_dir` is continued.
 
     The folder then holds metrics.jsonl, tensorboard/, rollouts/ (with the credit of every token),
-    evaluations/, checkpoints/, model/ (Hugging Face format), report.md with its pictures, and
-    summary.json, whose content is returned.
+    evaluations/, checkpoints/, model/ (Hugging Face format) and where one was trained adapter/ (PEFT's
+    format), report.md with its pictures, and summary.json, whose content is returned.
 
     Raises:
       InputError: anything wrong in the configuration, the model, the data or the folder, before
@@ -87,13 +87,13 @@ def train(config: ConfigDict) -> dict[str, Any]:
     forget_after(run.folder, first)
     with (
         checkpoints,
-        open_judge(config) as pool,
+        open_judge(config) as judge,
         Writer(run.folder, config.steps, first + 1 if first else 0, SHOWN) as writer,
     ):
 
         def assess(step: int) -> None:
             with clock("evaluate"):
-                writer.write(step, measure(run, state, pool, step))
+                writer.write(step, measure(run, state, judge, step))
 
         def save(step: int) -> None:
             if checkpoints.latest_step() != step:
@@ -104,7 +104,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
             assess(0)
         for step in range(first, config.steps):
             try:
-                collected = collect(run, state, pool, position, clock)
+                collected = collect(run, state, judge, position, clock)
             except InputError:
                 save(step)  # a run with other limits goes on from here
                 raise
@@ -208,7 +208,7 @@ class Collected(NamedTuple):
     metrics: dict[str, float]
 
 
-def collect(run: Run, state: State, pool: Judge, position: int, clock: Clock) -> Collected:
+def collect(run: Run, state: State, judge: Judge, position: int, clock: Clock) -> Collected:
     """Samples and grades, P prompts a round, until the method has kept P groups.
 
     A method that keeps every group needs one round. Groups kept beyond P are dropped.
@@ -223,7 +223,7 @@ def collect(run: Run, state: State, pool: Judge, position: int, clock: Clock) ->
             prompt, samples = sample(run, state, problems, position)
         position += settings.prompts
         with clock("verify"):
-            groups = rollout.verify(problems, samples, run.tokenizer, run.sampling.stop_ids, pool)
+            groups = rollout.verify(problems, samples, run.tokenizer, run.sampling.stop_ids, judge)
             rollouts, chosen = rollout.grade(*prompt, samples, groups, run.method.grade)
         sampled += groups
         kept += itertools.compress(zip(problems, groups, strict=True), chosen)
@@ -260,7 +260,7 @@ def write_hints(run: Run, problems: Sequence[Problem], groups, step: int):
     )
 
 
-def measure(run: Run, state: State, pool: Judge, step: int) -> dict[str, float]:
+def measure(run: Run, state: State, judge: Judge, step: int) -> dict[str, float]:
     """Held-out accuracy, sampled and greedy; every verdict goes to evaluations/."""
     k, settings = run.config.evaluation.samples, run.config.rollout
     verdicts, metrics = {}, {}
@@ -271,9 +271,9 @@ def measure(run: Run, state: State, pool: Judge, step: int) -> dict[str, float]:
             run.held_out,
             run.tokenizer,
             run.templates["nothing"],
-            pool,
+            judge,
             max_prompt=settings.max_prompt,
-            batch=settings.prompts,
+            batch=batch_size(run.config, len(run.held_out)),
             stop_ids=run.sampling.stop_ids,
         )
         groups = list(itertools.chain.from_iterable(answered))

@@ -31,7 +31,7 @@ class State:
     teachers: dict[str, Any]  # state of each source, by the source's name
     step: Array  # i32[], finished steps: batches that were sampled and trained on
     key: Array  # u32[2], data of the run's random key; steps fold their number into it
-    frozen: dict[str, Params]  # what is not, by checkpoint; the policy's own under `STUDENT`
+    frozen: dict[str, Params]  # never trained, by checkpoint; under `STUDENT` below an adapter
 
     def policy(self) -> Params:
         """All weights of the policy."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrl_sd import answers, benchmarks, data, difficulty, results
+from jaxrl_sd import answers, benchmarks, data, difficulty, results, start
 from jaxrl_sd import config as configuration
 from jaxrl_sd.types import InputError, Problem
 
@@ -405,7 +405,7 @@ def test_pass_rates_at_the_bounds_are_kept(tmp_path):
     path = tmp_path / "kept.jsonl"
     counts = difficulty.write(path, problems, records, 0.5, 0.5)
     assert counts == {"kept": 1, "too easy": 1, "too hard": 1, "ungraded": 1}
-    assert json.loads(path.read_text()) == {"prompt": "a", "x": "nan", "pass_rate": 0.5}
+    assert json.loads(path.read_text()) == {"prompt": "a", "x": None, "pass_rate": 0.5}
     assert difficulty.write(path, problems, records, 0.0, 1.0)["kept"] == 3
 
 
@@ -419,6 +419,17 @@ def test_presets_are_settings(benchmark, decoding):
     for field, value in benchmarks.settings(benchmark, decoding).items():
         configuration.override(config, field, str(value))
     configuration.check_settings(config)
+
+
+def test_programs_are_not_asked_for_a_box():
+    assert benchmarks.settings("math500", "cast")["data.suffix"] == benchmarks.BOXED
+    assert benchmarks.settings("humaneval_plus", "cast")["data.suffix"] == ""
+
+
+def test_few_problems_are_not_filled_up_to_a_batch_of_many():
+    config = configuration.default()
+    config.mesh.data = config.mesh.fsdp = 2
+    assert [start.batch_size(config, n) for n in (1, 30, 31, 33, 500)] == [4, 32, 32, 32, 32]
 
 
 def test_what_a_paper_does_not_state_is_left_alone():

@@ -259,6 +259,13 @@ def test_the_longest_prompt_over_the_limit_is_named(config, problems):
         prepare(config)
 
 
+def test_a_slow_program_would_not_be_judged(config, problems):
+    config.data.train = problems({"prompt": "1 2", "answer": '["assert f()"]', "verifier": "code"})
+    config.data.num_test, config.verifier.timeout_s = 1, 8.0
+    with pytest.raises(InputError, match=r"verifier.timeout_s: expected more than the 8.0 seconds"):
+        prepare(config)
+
+
 @pytest.mark.parametrize(
     ("verifier", "message"),
     [

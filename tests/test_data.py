@@ -365,6 +365,13 @@ def test_the_order_goes_on_from_any_position(position):
     assert [resumed[position + i].id for i in range(120)] == seen[position:]
 
 
+def test_a_data_set_is_not_cut_without_a_word(tmp_path, caplog):
+    path = write(tmp_path, *({"prompt": f"{n}+1?", "answer": n + 1} for n in range(3)))
+    assert len(data.load(str(path), "train", 3, 0)) == 3 and not caplog.text
+    assert len(data.load(str(path), "train", 2, 0)) == 2
+    assert f"the first 2 of the 3 rows of {path} are read" in caplog.text
+
+
 def test_the_suffix_ends_every_prompt(tmp_path):
     path = write(tmp_path, {"prompt": "1+1?", "answer": 2}, {"prompt": "2+2?", "answer": 4})
     problems = data.load(str(path), "train", 1, 0, suffix=" Box it.")

@@ -3,7 +3,7 @@
     python -m experiments.filter_data --config=experiments/configs/rlsd_text.py \\
         --samples=4 --min_pass=0 --max_pass=0 --output=rlsd_hard.jsonl \\
         --config.model.path=Qwen/Qwen3-4B --config.thinking.student=True \\
-        --config.rollout.max_response=32768 \\
+        --config.rollout.max_response=32768 --config.rollout.prompts=32 \\
         --config.data.train=DAPO-Math-17k-Processed/all/train-00000-of-00001.parquet
     python -m experiments.train --config=experiments/configs/rlsd_text.py
     python -m experiments.evaluate --config=experiments/configs/rlsd_text.py --benchmark=aime24 \\

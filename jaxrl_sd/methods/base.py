@@ -45,7 +45,7 @@ class Verdicts(NamedTuple):
 
     correct: np.ndarray  # bool[B], False also where not graded
     graded: np.ndarray  # bool[B], False: the verifier could not decide
-    score: np.ndarray  # f64[B], 1 correct and 0 wrong, or a weighted sum of reward functions
+    score: np.ndarray  # f64[B], 1 and 0 or a sum of reward functions; 0 where not graded
     length: np.ndarray  # i32[B], tokens, the stop token included
     truncated: np.ndarray  # bool[B], no stop token within `max_length` tokens
     group_size: int
@@ -55,7 +55,7 @@ class Verdicts(NamedTuple):
 class Grades(NamedTuple):
     """What the trainer makes of verdicts."""
 
-    reward: np.ndarray  # f32[B]
+    reward: np.ndarray  # f32[B], ignored where not graded
     trained: np.ndarray  # bool[B], False: the row's tokens are masked out
     kept: np.ndarray  # bool[P], False: the group is dropped and another problem takes its place
 

@@ -14,6 +14,9 @@ VERIFIERS: dict[str, str] = {
     "code": "jaxrl_sd.verify.code:verify",
 }
 
+# What a verifier may need for one answer; killed before, it would not have judged a slow program.
+SECONDS: dict[str, float] = {"code": 8.0}
+
 # Functions that raise RuntimeError where the machine lacks what a verifier needs.
 MACHINE_CHECKS: dict[str, str] = {"code": "jaxrl_sd.verify.sandbox:check"}
 

@@ -21,11 +21,12 @@ import textwrap
 import time
 from typing import NamedTuple
 
+from jaxrl_sd.verify import SECONDS
 from jaxrl_sd.verify.launcher import OUTPUT_BYTES
 from jaxrl_sd.verify.sandbox import Outcome, Sandbox, check, read_value
 
 TEST_SECONDS = 4.0  # for one test
-TOTAL_SECONDS = 8.0  # for all tests of a program: below the verifier's own limit, 10 s by default
+TOTAL_SECONDS = SECONDS["code"]  # for all tests of a program: below `verifier.timeout_s`
 TOLERANCE = 1e-6  # relative, or absolute below 1: the usual one of contests; for decimals only
 
 _MAX_SHOWN = 400  # characters of an input, an output or an error in the feedback
