@@ -69,8 +69,8 @@ def train(config: ConfigDict) -> dict[str, Any]:
     """Trains, evaluates, saves and reports. A run found in `config.output_dir` is continued.
 
     The folder then holds metrics.jsonl, tensorboard/, rollouts/ (with the credit of every token),
-    evaluations/, checkpoints/, model/ (Hugging Face format) and where one was trained adapter/ (PEFT's
-    format), report.md with its pictures, and summary.json, whose content is returned.
+    evaluations/, checkpoints/, model/ (Hugging Face format) and, where one was trained, adapter/
+    (PEFT's format), report.md with its pictures, and summary.json, whose content is returned.
 
     Raises:
       InputError: anything wrong in the configuration, the model, the data or the folder, before
