@@ -163,10 +163,16 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
         assert (whole / file).read_text() == (killed / file).read_text()
 
 
+SCORES = {True: 1.0, False: 0.0, None: None}
+
+
 def test_verdicts_that_are_missing_survive_in_strict_json(tmp_path, monkeypatch):
     run, *_ = prepare(small_config(tmp_path))
     verdicts = [[True, None], [None, None], *[[False, True]] * 6]
-    groups = [[Sample((7,), "", verdict, False) for verdict in group] for group in verdicts]
+    groups = [
+        [Sample((7,), "", verdict, False, score=SCORES[verdict]) for verdict in group]
+        for group in verdicts
+    ]
     monkeypatch.setattr(rollout, "answer", lambda *args, **kwargs: [groups])
     state = SimpleNamespace(key=jax.random.key_data(jax.random.key(0)))
     for step in (0, run.config.steps):
