@@ -3,12 +3,10 @@
 import os
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from jaxrl_sd import weights
+from jaxrl_sd import files, hosts, weights
 from jaxrl_sd.architectures import TENSORS, Layout, Slot, field
 from jaxrl_sd.model import LINEAR, Lora, ModelConfig, adapter_shapes
 from jaxrl_sd.types import InputError, Params
@@ -53,10 +51,10 @@ def save(path: str | os.PathLike, adapter: Params, config: ModelConfig, *, base:
         name: weights.fetch(adapter["layers"][slot.param], slot)
         for name, slot in _slots(config).items()
     }
-    if jax.process_index() != 0:
+    if not hosts.is_first():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    weights.replace_file(folder / WEIGHTS, lambda file: save_file(tensors, file, {"format": "pt"}))
+    files.replace(folder / WEIGHTS, lambda file: weights.write_tensors(file, tensors))
     fields = {
         **FIXED,
         "task_type": "CAUSAL_LM",

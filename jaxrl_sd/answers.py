@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxrl_sd import checkpoint, evaluate, metrics, rollout, sampler, sharding
+from jaxrl_sd import checkpoint, evaluate, files, hosts, metrics, rollout, sampler, sharding
 from jaxrl_sd import config as configuration
 from jaxrl_sd.start import (
     batch_size,
@@ -75,7 +75,7 @@ def collect(config: ConfigDict, split: str) -> tuple[list[Problem], list[Record]
         "problems": _fingerprint(problems, *prompts),
     }
     batch = batch_size(config, len(problems))
-    records = _start_or_resume(folder, settings, len(problems), batch)
+    records = hosts.from_first(lambda: _start_or_resume(folder, settings, len(problems), batch))
     sampling = sampling_config(config, tokenizer)
     draw = partial(
         sampler.sample,
@@ -86,7 +86,7 @@ def collect(config: ConfigDict, split: str) -> tuple[list[Problem], list[Record]
     )
     with open_judge(config) as judge:
         answered = rollout.answer(
-            lambda key, *prompt: draw(key, *jax.device_put(prompt, sharding.of_rows(mesh))),
+            lambda key, *prompt: draw(key, *hosts.put(prompt, sharding.of_rows(mesh))),
             jax.random.key(config.seed),
             problems,
             tokenizer,
@@ -167,14 +167,14 @@ def _start_or_resume(
     """The answers of all whole batches in `folder`; its file then holds exactly them."""
     path = folder / FILE
     if not path.exists():
-        metrics.write_whole(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
+        files.replace_text(folder / SETTINGS, json.dumps(settings, indent=2) + "\n")
         path.touch()
         return []
     old, records = read(folder)
     checkpoint.check_same_run(old, settings, folder, free=("model.path",))  # `weights` says it
     if len(records) < num_problems:
         records = records[: len(records) - len(records) % batch]
-    metrics.write_whole(path, "".join(map(_line, records)))
+    files.replace_text(path, "".join(map(_line, records)))
     return records
 
 
@@ -186,20 +186,23 @@ def _write_down(
     judge: rollout.Judge,
 ) -> None:
     """Appends to `records` and to the file, a batch at a time."""
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        metrics.progress("problem", len(problems), len(records)) as progress,
-    ):
+    with metrics.progress("problem", len(problems), len(records)) as progress:
         for groups in answered:
             part = problems[len(records) : len(records) + len(groups)]
             new = list(map(_record, part, groups, _final_answers(part, groups, judge)))
-            file.write("".join(map(_line, new)))
-            file.flush()
-            os.fsync(file.fileno())
+            if hosts.is_first():
+                _append(path, "".join(map(_line, new)))
             records += new
             accuracy = evaluate.avg_at_k(verdicts(records)).value
             progress.set_postfix({"accuracy": accuracy}, refresh=False)
             progress.update(len(new))
+
+
+def _append(path: Path, text: str) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _final_answers(
@@ -216,7 +219,7 @@ def _final_answers(
             for i in range(len(groups[p]))
             if problem.verifier == verifier
         ]
-        texts = judge.map(target, [(groups[p][i].text,) for p, i in places])
+        texts = hosts.divide(partial(judge.map, target), [(groups[p][i].text,) for p, i in places])
         for (p, i), text in zip(places, texts, strict=True):
             found[p][i] = text
     return found

@@ -6,6 +6,7 @@ Weights that are never trained are not saved but recognised: they are read from 
 
 import zlib
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxrl_sd import hosts
 from jaxrl_sd.types import InputError, Params, first_line
 from jaxrl_sd.update import State
 
@@ -73,27 +75,34 @@ def restore(
       InputError: the checkpoint was written by a run with other settings or another model, or
         cannot be read.
     """
-    step = checkpoints.latest_step()
+    step = hosts.from_first(checkpoints.latest_step)
     if step is None:
         return None
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _saved(like))
-    try:
+    with named_errors(f"output_dir: checkpoint {step} in {folder}"):
         meta = read_meta(checkpoints, step)
         check_same_run(meta["config"], config, folder, FREE)
         _check_same_weights(meta["frozen"], like, folder)
         restored = checkpoints.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
         )
+    teachers = {**like.teachers, **restored.state.teachers}
+    state = restored.state.replace(frozen=like.frozen, teachers=teachers)
+    return state, meta["position"], meta["seconds"]
+
+
+@contextmanager
+def named_errors(what: str):
+    """Turns what reading a checkpoint raises into an InputError about `what`."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # orbax and its storage layers raise whatever they meet
         raise InputError(
-            f"output_dir: checkpoint {step} in {folder} cannot be read or is of another model "
-            f"({first_line(error)}); remove it to continue from an earlier one"
+            f"{what} cannot be read or is of another model ({first_line(error)}); without it, an "
+            "earlier one is used"
         ) from error
-    teachers = {**like.teachers, **restored.state.teachers}
-    state = restored.state.replace(frozen=like.frozen, teachers=teachers)
-    return state, meta["position"], meta["seconds"]
 
 
 def _saved(state: State) -> State:
@@ -120,7 +129,7 @@ def read_params(checkpoints: ocp.CheckpointManager, step: int, like: Params) -> 
 
 def fingerprint(params: Params) -> int:
     """A number that tells weights apart, the same on every mesh: checksums in integers."""
-    return zlib.crc32(np.array(jax.device_get(_bit_sums(params)), np.uint32).tobytes())
+    return zlib.crc32(np.array(hosts.get(_bit_sums(params)), np.uint32).tobytes())
 
 
 @jax.jit
@@ -142,10 +151,12 @@ def _check_same_weights(old: list[int], like: State, folder: Path) -> None:
         )
 
 
-# A run may go on for longer, from another folder, with other workers, other limits and saves. A
-# moved model is recognised by its frozen weights; one that is trained whole is in the checkpoint.
+# A run may go on for longer, from another folder, on other devices (not to the same bits), with
+# other workers, limits and saves. A moved model is recognised by its frozen weights; one that is
+# trained whole is in the checkpoint.
 FREE = (
     *("steps", "output_dir", "model.path", "method.teacher", "rollout.max_rounds"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
     *("verifier.workers", "checkpoint.every", "checkpoint.keep"),
 )
 

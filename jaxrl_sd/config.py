@@ -26,13 +26,14 @@ from jaxrl_sd import contexts, countdown
 from jaxrl_sd.data import COLUMNS
 from jaxrl_sd.methods import METHODS, PRESETS, Method
 from jaxrl_sd.methods.base import IMPORTANCE, Verdicts, add_importance_weight
-from jaxrl_sd.model import LINEAR, Lora
+from jaxrl_sd.model import LINEAR, REMAT, Lora
 from jaxrl_sd.tokens import TEXTS, Template, is_text
 from jaxrl_sd.types import InputError, first_line
 from jaxrl_sd.verify import VERIFIERS
 
 TINY_MODEL = str(Path(__file__).parent / "assets" / "tiny")
 SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("float32", "bfloat16")
 
 
 def default() -> ConfigDict:
@@ -96,8 +97,10 @@ def default() -> ConfigDict:
     config.importance.cap = 2.0
 
     config.compute = ConfigDict()
-    config.compute.micro_batches = 1  # parts of a batch whose gradients are added up
-    config.compute.chunk = 4096  # tokens whose logits exist at a time
+    config.compute.tokens = 2048  # of the student that a device computes at a time, see packing
+    config.compute.chunk = 2048  # of these, tokens whose logits exist at a time
+    config.compute.dtype = "float32"  # or bfloat16: of weights and activations in forward passes
+    config.compute.remat = "none"  # what backward passes compute again, see model.REMAT
 
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})  # devices along each axis
 
@@ -271,39 +274,33 @@ def _slots(text: str) -> set[str]:
     return set(re.findall(r"\{(\w+)\}", text))
 
 
+AT_LEAST_1 = """
+    steps rollout.prompts rollout.group_size rollout.max_prompt rollout.max_hint_prompt
+    rollout.max_response rollout.max_rounds optimizer.mini_batches optimizer.epochs
+    compute.tokens compute.chunk mesh.data mesh.fsdp mesh.tensor evaluation.every
+    evaluation.samples checkpoint.every checkpoint.keep verifier.workers
+"""
+AT_LEAST_0 = """
+    seed data.seed data.num_train data.num_test rollout.top_k rollout.temperature lora.rank
+    optimizer.warmup_steps
+"""
+MORE_THAN_0 = """
+    optimizer.learning_rate optimizer.clip_norm optimizer.eps importance.cap lora.alpha
+    verifier.timeout_s
+"""
+
+
 def _check_ranges(config: ConfigDict) -> None:
-    at_least_1 = (
-        *("steps", "rollout.prompts", "rollout.group_size", "rollout.max_prompt"),
-        *("rollout.max_hint_prompt", "rollout.max_response", "compute.micro_batches"),
-        *(
-            "compute.chunk",
-            "mesh.data",
-            "mesh.fsdp",
-            "mesh.tensor",
-            "evaluation.every",
-            "evaluation.samples",
-            "checkpoint.every",
-        ),
-        *("checkpoint.keep", "verifier.workers", "rollout.max_rounds"),
-        *("optimizer.mini_batches", "optimizer.epochs"),
-    )
-    for field in at_least_1:
+    for field in AT_LEAST_1.split():
         _expect(config, field, lambda x: x >= 1, "at least 1")
-    for field in (
-        *("seed", "data.seed", "data.num_train", "data.num_test", "rollout.top_k", "lora.rank"),
-    ):
+    for field in AT_LEAST_0.split():
         _expect(config, field, lambda x: x >= 0, "at least 0")
-    _expect(config, "output_dir", lambda x: x != "", "a folder")
-    for field in (
-        *("optimizer.learning_rate", "optimizer.clip_norm", "verifier.timeout_s", "lora.alpha"),
-    ):
+    for field in MORE_THAN_0.split():
         _expect(config, field, lambda x: x > 0, "more than 0")
     for field in ("optimizer.b1", "optimizer.b2"):
         _expect(config, field, lambda x: 0 <= x < 1, "in [0, 1)")
+    _expect(config, "output_dir", lambda x: x != "", "a folder")
     _expect(config, "seed", lambda x: x < 2**32, "less than 2**32")
-    _expect(config, "optimizer.warmup_steps", lambda x: x >= 0, "at least 0")
-    _expect(config, "optimizer.eps", lambda x: x > 0, "more than 0")
-    _expect(config, "rollout.temperature", lambda x: x >= 0, "at least 0")
     _expect(config, "rollout.top_p", lambda x: 0 < x <= 1, "in (0, 1]")
     names = [f"{name}_proj" for name in LINEAR]
     _expect(
@@ -317,7 +314,9 @@ def _check_ranges(config: ConfigDict) -> None:
     _expect(config, "data.verifier", lambda x: x in VERIFIERS, f"one of {sorted(VERIFIERS)}")
     levels = ("none", *IMPORTANCE)
     _expect(config, "importance.level", lambda x: x in levels, f"one of {levels}")
-    _expect(config, "importance.cap", lambda x: x > 0, "more than 0")
+    _expect(config, "compute.dtype", lambda x: x in DTYPES, f"one of {DTYPES}")
+    policies = tuple(REMAT)
+    _expect(config, "compute.remat", lambda x: x in policies, f"one of {policies}")
     split = config.mesh.data * config.mesh.fsdp
     _expect(config, "rollout.prompts", lambda x: x % split == 0, f"a multiple of {split} devices")
 
@@ -325,15 +324,15 @@ def _check_ranges(config: ConfigDict) -> None:
 def _check_sizes(config: ConfigDict) -> None:
     """What only training asks of a batch."""
     _expect(config, "rollout.temperature", lambda x: x > 0, "more than 0: RL needs sampling")
-    prompts, parts = config.rollout.prompts, config.optimizer.mini_batches
+    prompts = config.rollout.prompts
     _expect(
         config,
         "optimizer.mini_batches",
         lambda x: prompts % x == 0,
         f"a divisor of {prompts} prompts",
     )
-    rows = prompts // parts * config.rollout.group_size
-    _expect(config, "compute.micro_batches", lambda x: rows % x == 0, f"a divisor of {rows} rows")
+    longest = config.rollout.max_prompt + config.rollout.max_response
+    _expect(config, "compute.tokens", lambda x: x >= longest, f"at least the {longest} of a row")
 
 
 def _check_rewards(config: ConfigDict) -> None:

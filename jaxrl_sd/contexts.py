@@ -30,6 +30,7 @@ class Context(NamedTuple):
 
     write: Callable[[Problem, Sequence[Sample], np.random.Generator], list[Hint | None]]
     needs: tuple[str, ...] = ()
+    shared: bool = False  # whether all samples of a group are shown the same
 
 
 # Wordings follow the structure that the papers describe, in our words. {problem} is the student's
@@ -93,7 +94,9 @@ TEMPLATES = {
 
 
 def _every_sample(hint: Callable[[Problem], Hint], needs: tuple[str, ...] = ()) -> Context:
-    return Context(lambda problem, samples, rng: [hint(problem) for _ in samples], needs)
+    return Context(
+        lambda problem, samples, rng: [hint(problem) for _ in samples], needs, shared=True
+    )
 
 
 def nothing() -> Context:

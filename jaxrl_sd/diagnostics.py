@@ -1,6 +1,6 @@
 """Numbers that say whether a run is healthy. They change nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -8,10 +8,9 @@ import jax.numpy as jnp
 
 from jaxrl_sd import losses, stats
 from jaxrl_sd.methods.base import Method
-from jaxrl_sd.model import ModelConfig
-from jaxrl_sd.scoring import token_stats
+from jaxrl_sd.model import Compute, ModelConfig
 from jaxrl_sd.types import Array, Batch
-from jaxrl_sd.update import State, teacher_params
+from jaxrl_sd.update import Parts, State, fill, make_score
 
 
 @jax.jit
@@ -37,19 +36,16 @@ def describe(batch: Batch) -> dict[str, Array]:
     }
 
 
-def make_gaps(method: Method, configs: Mapping[str, ModelConfig], temperature: float, chunk: int):
-    """A jitted (state, batch) -> {teacher: f32[B, T]}: log p_T - log p_S of the sampled tokens.
+def make_gaps(
+    method: Method, configs: Mapping[str, ModelConfig], temperature: float, compute: Compute
+) -> Callable[[State, Batch, Parts], dict[str, Array]]:
+    """(state, batch, parts) -> {teacher: f32[B, T]}: log p_T - log p_S of the sampled tokens.
 
     For pictures, whatever the method itself computes.
     """
     requests = {name: (name, stats.log_prob_gap) for name in method.teachers}
-
-    @jax.jit
-    def gaps(state: State, batch: Batch) -> dict[str, Array]:
-        teachers = teacher_params(method.teachers, state)
-        return token_stats(requests, state.policy(), teachers, batch, configs, temperature, chunk)
-
-    return gaps
+    score = make_score(requests, method, configs, temperature, compute)
+    return partial(fill, score, tuple(requests))
 
 
 def gap_sizes(batch: Batch, gaps: dict[str, Array]) -> dict[str, Array]:

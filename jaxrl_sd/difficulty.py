@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_sd import answers, evaluate, metrics
+from jaxrl_sd import answers, evaluate, files, metrics
 from jaxrl_sd.answers import Record
 from jaxrl_sd.types import InputError, Problem
 
@@ -50,7 +50,7 @@ def write(
         if min_pass <= rate <= max_pass
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    metrics.write_whole(path, "".join(lines))
+    files.replace_text(path, "".join(lines))
     return {
         "kept": len(lines),
         "too easy": int(np.sum(rates > max_pass)),

@@ -7,7 +7,6 @@ and `read` turns it back into a float.
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxrl_sd import files
 from jaxrl_sd.types import InputError
 
 FILE = "metrics.jsonl"
@@ -94,13 +94,6 @@ def whole_lines(path: Path) -> list[str]:
     return [line + "\n" for line in lines[:-1]]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file such that a kill leaves the old file or the new one, never half."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     # A step whose line lacks its end was not checkpointed: a run that continues records it again.
     lines = whole_lines(path)
@@ -120,7 +113,7 @@ def _parse(line: str, number: int, path: Path) -> dict[str, Any]:
 def _keep_before(path: Path, first_step: int) -> None:
     path.touch()
     kept = [line for line, row in _lines(path) if row["step"] < first_step]
-    write_whole(path, "".join(kept))
+    files.replace_text(path, "".join(kept))
 
 
 class _WholeLines(tqdm):

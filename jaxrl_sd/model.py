@@ -13,18 +13,24 @@ r rank of an adapter.
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
-from jaxrl_sd import rope, vocabulary
-from jaxrl_sd.types import Array, Params
-from jaxrl_sd.vocabulary import MASKED
+from jaxrl_sd import rope, sharding, vocabulary
+from jaxrl_sd.attention import attention
+from jaxrl_sd.sharding import LINEAR
+from jaxrl_sd.types import Array, Params, Stream
 
-# The projections of a layer: how many leading axes of the weight (the layer's apart) are inputs.
-LINEAR = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
+# What the backward pass finds of a layer and need not compute again, beside the layer's input.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of projections
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +69,14 @@ class ModelConfig:
     max_position_embeddings: int | None = None  # passed on from file to file
 
 
-@flax.struct.dataclass
-class Cache:
-    """Keys and values. A prompt's are stored once and shared by the G samples of its group."""
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How forward and backward passes are computed. Hashable."""
 
-    prompt_k: Array  # [L, P, S, K, H]
-    prompt_v: Array  # [L, P, S, K, H]
-    response_k: Array  # [L, P, G, T, K, H]
-    response_v: Array  # [L, P, G, T, K, H]
+    dtype: str = "float32"  # of weights and activations; sums, statistics and gradients: float32
+    remat: str = "none"  # of REMAT
+    chunk: int = 4096  # tokens of a device whose logits exist at a time
+    mesh: Mesh | None = None  # None is one device
 
 
 def param_shapes(config: ModelConfig) -> dict:
@@ -197,7 +203,7 @@ def linear(x: Array, layer: Params, name: str, config: ModelConfig) -> Array:
     return y
 
 
-def _block(x: Array, layer: Params, positions: Array, attend, config: ModelConfig):
+def block(x: Array, layer: Params, positions: Array, attend, config: ModelConfig):
     """One decoder layer. `attend(q, k, v) -> (values [..., Q, H], what the caller keeps)`."""
     norm = partial(rms_norm, eps=config.rms_norm_eps)
     project = partial(linear, layer=layer, config=config)
@@ -217,31 +223,47 @@ def _block(x: Array, layer: Params, positions: Array, attend, config: ModelConfi
     return x, kept
 
 
-def _causal(params: Params, tokens: Array, start: Array, config: ModelConfig):
-    """Whole sequences [B, N] whose first `start` [B] tokens are padding.
+def hidden(params: Params, stream: Stream, config: ModelConfig, compute: Compute) -> Array:
+    """Hidden states of all tokens of a stream, [R, N, D] in `compute.dtype`, after the final norm.
 
-    Returns hidden states [B, N, D] before the final norm, and keys and values [L, B, N, K, H].
+    A prompt is computed once, whatever the number of its responses; each of them then sees the
+    keys and values that the prompt has in every layer.
     """
-    index = jnp.arange(tokens.shape[1])
-    positions = jnp.maximum(index[None] - start[:, None], 0)
-    valid = index[None] >= start[:, None]
-    # A padding query sees itself only: a softmax over nothing would be NaN.
-    itself = jnp.eye(len(index), dtype=bool)[None]
-    mask = (index[:, None] >= index[None])[None] & (valid[:, None, :] | itself)
+    place = partial(sharding.constrain, axes=("rows", "tokens", "features"), mesh=compute.mesh)
 
     def attend(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]), (k, v)
+        k, v = (jnp.concatenate([x, _take(x, stream.prefix)], axis=1) for x in (k, v))
+        segments = stream.segment, stream.prefix_segment
+        return attention(q, k, v, *segments, mesh=compute.mesh), None
 
     def step(x, layer):
-        return _block(x, layer, positions, attend, config)
+        x, _ = block(x, layer, stream.position, attend, config)
+        return place(x), None
 
-    return jax.lax.scan(step, params["embed"][tokens], params["layers"])
+    if compute.remat != "none":
+        # Inside a scan, XLA cannot merge the two computations anyway.
+        step = jax.checkpoint(step, policy=REMAT[compute.remat], prevent_cse=False)
+    layers = cast(params["layers"], compute.dtype)
+    # Rounded after the lookup, so that the gradients of a token's places add up in float32.
+    x = place(params["embed"][stream.token].astype(compute.dtype))
+    x, _ = jax.lax.scan(step, x, layers)
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps)
+
+
+def _take(x: Array, places: Array) -> Array:
+    """x [R, N, ...] at places [R, C]."""
+    return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def response_hidden(
-    params: Params, prompt: Array, prompt_length: Array, response: Array, config: ModelConfig
+    params: Params,
+    prompt: Array,
+    prompt_length: Array,
+    response: Array,
+    config: ModelConfig,
+    compute: Compute = Compute(),
 ) -> Array:
-    """Hidden states that predict each response token.
+    """Hidden states that predict each response token, for rows that share nothing.
 
     Args:
       prompt: i32[B, S], left-padded.
@@ -251,10 +273,24 @@ def response_hidden(
     Returns:
       [B, T, D], after the final norm; entry t has seen the prompt and the response before t.
     """
-    S = prompt.shape[1]
+    (B, S), T = prompt.shape, response.shape[1]
     tokens = jnp.concatenate([prompt, response[:, :-1]], axis=1)
-    x, _ = _causal(params, tokens, S - prompt_length, config)
-    return rms_norm(x[:, S - 1 :], params["final_norm"], config.rms_norm_eps)
+    position = jnp.arange(S + T - 1)[None] - (S - prompt_length)[:, None]
+    segment = 2 * jnp.arange(B)[:, None] + (position >= 0)
+    none = jnp.zeros((1, 0), jnp.int32)
+    flat = (x.reshape(1, -1) for x in (tokens, jnp.maximum(position, 0), segment))
+    stream = Stream(*flat, none, none, none, jnp.full(1, tokens.size))
+    x = hidden(params, stream, config, compute).reshape(B, S + T - 1, -1)
+    return x[:, S - 1 :]
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Weights in the type to compute in; norms, which are computed in float32, as they are."""
+
+    def of(path, x):
+        return x if path[-1].key.endswith("norm") else x.astype(dtype)
+
+    return jax.tree.map_with_path(of, params)
 
 
 def head(params: Params, config: ModelConfig) -> Array:
@@ -265,67 +301,3 @@ def head(params: Params, config: ModelConfig) -> Array:
 def logits(params: Params, hidden: Array, config: ModelConfig) -> Array:
     """float32 logits [..., V] of hidden states [..., D]; padding rows of the head are masked."""
     return vocabulary.logits(hidden, head(params, config), config.num_tokens)
-
-
-def prefill(
-    params: Params,
-    prompt: Array,
-    prompt_length: Array,
-    group_size: int,
-    max_response: int,
-    config: ModelConfig,
-) -> tuple[Array, Cache]:
-    """Runs prompts i32[P, S] once. Returns the last hidden state [P, D] and the cache."""
-    P, S = prompt.shape
-    x, (k, v) = _causal(params, prompt, S - prompt_length, config)
-    L, K, H = config.num_layers, config.num_kv_heads, config.head_dim
-    empty = (jnp.zeros((L, P, group_size, max_response, K, H), k.dtype) for _ in "kv")
-    last = rms_norm(x[:, -1], params["final_norm"], config.rms_norm_eps)
-    return last, Cache(k, v, *empty)
-
-
-def decode(
-    params: Params, token: Array, t: Array, prompt_length: Array, cache: Cache, config: ModelConfig
-) -> tuple[Array, Cache]:
-    """Appends response token number t, i32[P, G]. Returns hidden [P, G, D] and the new cache."""
-    S, T = cache.prompt_k.shape[2], cache.response_k.shape[3]
-    positions = jnp.broadcast_to((prompt_length + t)[:, None], token.shape)
-    in_prompt = jnp.arange(S)[None] >= (S - prompt_length)[:, None]  # [P, S]
-    in_prompt = in_prompt[:, None, None, None, :]
-    in_response = (jnp.arange(T) <= t)[None, None, None, None, :]
-
-    def step(x, layer_and_cache):
-        layer, prompt_k, prompt_v, response_k, response_v = layer_and_cache
-
-        def attend(q, k, v):
-            keys = jax.lax.dynamic_update_slice_in_dim(response_k, k[:, :, None], t, axis=2)
-            values = jax.lax.dynamic_update_slice_in_dim(response_v, v[:, :, None], t, axis=2)
-            q = q.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_dim)
-            q = q * config.head_dim**-0.5
-            einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
-            to_prompt = einsum("pgkrh,pskh->pgkrs", q, prompt_k)
-            to_response = einsum("pgkrh,pgtkh->pgkrt", q, keys)
-            scores = jnp.concatenate(
-                [
-                    jnp.where(in_prompt, to_prompt, MASKED),
-                    jnp.where(in_response, to_response, MASKED),
-                ],
-                axis=-1,
-            )
-            share = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-            out = jnp.einsum("pgkrs,pskh->pgkrh", share[..., :S], prompt_v)
-            out += jnp.einsum("pgkrt,pgtkh->pgkrh", share[..., S:], values)
-            return out.reshape(*out.shape[:2], -1, config.head_dim), (keys, values)
-
-        return _block(x, layer, positions, attend, config)
-
-    layers = (
-        params["layers"],
-        cache.prompt_k,
-        cache.prompt_v,
-        cache.response_k,
-        cache.response_v,
-    )
-    x, (response_k, response_v) = jax.lax.scan(step, params["embed"][token], layers)
-    cache = cache.replace(response_k=response_k, response_v=response_v)
-    return rms_norm(x, params["final_norm"], config.rms_norm_eps), cache

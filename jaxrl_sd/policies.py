@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrl_sd import adapters, checkpoint, sharding, weights
+from jaxrl_sd import adapters, checkpoint, hosts, sharding, weights
 from jaxrl_sd import config as configuration
 from jaxrl_sd.model import ModelConfig, adapter_shapes, merge, param_shapes
-from jaxrl_sd.types import InputError, Params, first_line
+from jaxrl_sd.types import InputError, Params
 
 
 class Policy(NamedTuple):
@@ -35,7 +35,9 @@ def of_model(folder: Path, adapter: Path | None, mesh: Mesh, dtype: Any) -> Poli
     if adapter is None:
         return Policy(params, None, config, folder)
     config = replace(config, lora=adapters.load_config(adapter))
-    return Policy(params, adapters.load(adapter, config), config, folder)
+    weights_of_adapter = adapters.load(adapter, config)
+    placed = sharding.of_state(weights_of_adapter, mesh)
+    return Policy(params, hosts.put(weights_of_adapter, placed), config, folder)
 
 
 def of_run(folder: Path, step: int | None, mesh: Mesh) -> Policy:
@@ -50,23 +52,16 @@ def of_run(folder: Path, step: int | None, mesh: Mesh) -> Policy:
         another by now.
     """
     with checkpoint.reader(folder / "checkpoints") as checkpoints:
-        steps = checkpoints.all_steps()
+        steps = hosts.from_first(checkpoints.all_steps)
         step = max(steps, default=None) if step is None else step
         if step not in steps:
             raise InputError(f"--step: {folder} has checkpoints of the steps {steps}, got {step}")
-        try:
+        with checkpoint.named_errors(f"--step: checkpoint {step} in {folder}"):
             meta = checkpoint.read_meta(checkpoints, step)
             model, lora = Path(meta["config"]["model"]["path"]), configuration.lora(meta["config"])
             config = replace(weights.load_config(model), lora=lora)
             shapes = param_shapes(config) if lora is None else adapter_shapes(config)
             trained = checkpoint.read_params(checkpoints, step, _placed(shapes, mesh))
-        except InputError:
-            raise
-        except Exception as error:  # orbax and its storage layers raise whatever they meet
-            raise InputError(
-                f"--step: checkpoint {step} in {folder} cannot be read or is of another model "
-                f"({first_line(error)})"
-            ) from error
     if lora is None:
         return Policy(trained, None, config, model)
     params, _ = weights.load(model, mesh)

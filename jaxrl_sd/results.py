@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_sd import answers, evaluate
+from jaxrl_sd import answers, evaluate, files
 from jaxrl_sd.answers import Record
 from jaxrl_sd.checkpoint import flat
-from jaxrl_sd.metrics import strict, write_whole
+from jaxrl_sd.metrics import strict
 from jaxrl_sd.report import percent, table
 from jaxrl_sd.verify import FINAL_ANSWERS
 
@@ -25,8 +25,8 @@ def write(folder: Path) -> dict[str, Any]:
     """
     results = summarize(*answers.read(folder))
     text = json.dumps(strict(results), indent=2, allow_nan=False)
-    write_whole(folder / "results.json", text + "\n")
-    write_whole(folder / "results.md", markdown(results))
+    files.replace_text(folder / "results.json", text + "\n")
+    files.replace_text(folder / "results.md", markdown(results))
     return results
 
 

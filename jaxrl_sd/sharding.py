@@ -13,19 +13,22 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxrl_sd.model import LINEAR
-from jaxrl_sd.types import InputError
+from jaxrl_sd.types import Array, InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axes. An axis that is not named here is not split.
 RULES = {
     "rows": ("data", "fsdp"),
+    "replicas": ("data",),  # rows of an array whose hidden side is split
     "hidden": ("fsdp",),
     "heads": ("tensor",),
     "feed_forward": ("tensor",),
     "vocabulary": ("tensor",),
 }
+
+# The projections of a layer: how many leading axes of the weight (the layer's apart) are inputs.
+LINEAR = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 # Logical axes of each parameter, by its name in the trees of model.py.
 PARAM_AXES = {
@@ -50,13 +53,18 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
     """A mesh over the first data * fsdp * tensor devices; says so if that leaves some idle.
 
     Raises:
-      InputError: there are fewer devices.
+      InputError: there are fewer devices, or more and several processes have them.
     """
     sizes, available = (data, fsdp, tensor), jax.device_count()
     if math.prod(sizes) > available:
         raise InputError(
             f"mesh: data={data}, fsdp={fsdp}, tensor={tensor} need {math.prod(sizes)} devices, "
             f"there are {available}"
+        )
+    if math.prod(sizes) < available and jax.process_count() > 1:
+        raise InputError(
+            f"mesh: data={data}, fsdp={fsdp}, tensor={tensor} use {math.prod(sizes)} of "
+            f"{available} devices; a run of several processes has to use all"
         )
     if math.prod(sizes) < available:
         logging.warning("mesh: %d of %d devices are used", math.prod(sizes), available)
@@ -100,6 +108,20 @@ def of_state(state: Any, mesh: Mesh) -> Any:
 def of_rows(mesh: Mesh) -> NamedSharding:
     """Splits the first axis, the rows of a batch."""
     return NamedSharding(mesh, PartitionSpec(*mesh_axes(("rows",))))
+
+
+def row_devices(mesh: Mesh) -> int:
+    """Over how many devices rows are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["rows"])
+
+
+def constrain(x: Array, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
+    """Tells XLA where an array is to live; axes that the mesh does not divide are left whole."""
+    if mesh is None:
+        return x
+    names = zip(mesh_axes(axes), x.shape, strict=True)
+    spec = PartitionSpec(*(entry if _splits(mesh, entry, size) else () for entry, size in names))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def _splits(mesh: Mesh, axes: tuple[str, ...], size: int) -> bool:

@@ -14,15 +14,15 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jaxrl_sd import config as configuration
-from jaxrl_sd import contexts, data, diagnostics, sharding, tokens, verify, weights
+from jaxrl_sd import contexts, data, diagnostics, packing, sharding, tokens, verify, weights
 from jaxrl_sd.methods import Method
 from jaxrl_sd.methods.base import Teacher
-from jaxrl_sd.model import ModelConfig, init_adapter
+from jaxrl_sd.model import Compute, ModelConfig, init_adapter
 from jaxrl_sd.rollout import Judge
 from jaxrl_sd.sampler import SamplingConfig
 from jaxrl_sd.tokens import Template, load_tokenizer, stop_ids
 from jaxrl_sd.types import Batch, InputError, Params, Problem, Sample
-from jaxrl_sd.update import State, Steps, make_steps
+from jaxrl_sd.update import Parts, State, Steps, make_steps
 from jaxrl_sd.verify.pool import VerifierPool
 from jaxrl_sd.verify.reward import RewardFunctions
 from jaxrl_sd.vocabulary import STUDENT
@@ -40,8 +40,9 @@ class Run(NamedTuple):
     templates: dict[str, Template]
     sampling: SamplingConfig
     mesh: jax.sharding.Mesh
+    sizes: packing.Sizes
     steps: Steps
-    gaps: Callable[[State, Batch], dict[str, jax.Array]]
+    gaps: Callable[[State, Batch, Parts], dict[str, jax.Array]]
     folder: Path
 
 
@@ -65,21 +66,20 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
         logging.warning("%s", note)
     frozen, models = load_models(config.model.path, tokenizer, method, mesh)
     models[STUDENT] = model = replace(models[STUDENT], lora=configuration.lora(config))
-    params, frozen[STUDENT] = split_trained(frozen[STUDENT], model, config.seed)
+    params, frozen[STUDENT] = split_trained(frozen[STUDENT], model, config.seed, mesh)
     configs = {name: models[t.source.checkpoint] for name, t in method.teachers.items()}
     configs[STUDENT] = model
+    c = config.compute
+    compute = Compute(dtype=c.dtype, remat=c.remat, chunk=c.chunk, mesh=mesh)
+    temperature = config.rollout.temperature
     steps = make_steps(
         method,
         configuration.optimizer(config),
         configs,
-        mesh=mesh,
         mini_batches=config.optimizer.mini_batches,
-        epochs=config.optimizer.epochs,
-        micro_batches=config.compute.micro_batches,
-        temperature=config.rollout.temperature,
-        chunk=config.compute.chunk,
+        temperature=temperature,
+        compute=compute,
     )
-    gaps = diagnostics.make_gaps(method, configs, config.rollout.temperature, config.compute.chunk)
     problems = data.shuffled(train, config.seed)
     folder = Path(config.output_dir)
     run = Run(
@@ -92,18 +92,32 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
         templates=templates,
         sampling=sampling,
         mesh=mesh,
+        sizes=stream_sizes(config, method),
         steps=steps,
-        gaps=gaps,
+        gaps=diagnostics.make_gaps(method, configs, temperature, compute),
         folder=folder,
     )
     return run, params, frozen
+
+
+def stream_sizes(config: ConfigDict, method: Method) -> packing.Sizes:
+    """What a device computes at a time, see `packing.sizes`."""
+    r = config.rollout
+    prompts = {STUDENT: packing.Prompts(r.max_prompt, shared=True)}
+    for name, teacher in method.teachers.items():
+        prompts[name] = packing.Prompts(r.max_hint_prompt, teacher.context.shared)
+    return packing.sizes(prompts, r.group_size, r.max_response, config.compute.tokens)
 
 
 def load_problems(config: ConfigDict, split: str) -> list[Problem]:
     """The problems of a split, see `data.load`."""
     c = config.data
     return data.load(
-        *(c[split], split, c[f"num_{split}"], c.seed, c.suffix),
+        c[split],
+        split,
+        c[f"num_{split}"],
+        c.seed,
+        c.suffix,
         subset=c[f"{split}_subset"],
         hub_split=c[f"{split}_split"],
         columns=c.columns,
@@ -165,11 +179,18 @@ def load_model(folder: str, tokenizer, mesh: jax.sharding.Mesh) -> tuple[Params,
     return params, replace(config, num_tokens=len(tokenizer))
 
 
-def split_trained(params: Params, model: ModelConfig, seed: int) -> tuple[Params, Params]:
+def split_trained(
+    params: Params, model: ModelConfig, seed: int, mesh: jax.sharding.Mesh
+) -> tuple[Params, Params]:
     """What is trained of a policy, and what stays as it is: an adapter and all else, or all."""
     if model.lora is None:
         return params, {}
-    return init_adapter(jax.random.key(seed), model), params
+
+    def init() -> Params:
+        return init_adapter(jax.random.key(seed), model)
+
+    placed = sharding.of_state(jax.eval_shape(init), mesh)
+    return jax.jit(init, out_shardings=placed)(), params
 
 
 def check_problems(

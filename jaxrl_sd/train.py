@@ -12,8 +12,9 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +29,13 @@ from jaxrl_sd import (
     contexts,
     diagnostics,
     evaluate,
+    hosts,
+    packing,
     report,
     rollout,
     sampler,
     sharding,
+    update,
     weights,
 )
 from jaxrl_sd import config as configuration
@@ -40,7 +44,7 @@ from jaxrl_sd.model import merge
 from jaxrl_sd.rollout import Judge
 from jaxrl_sd.start import Run, batch_size, open_judge, prepare
 from jaxrl_sd.types import Batch, InputError, Problem, Rollouts, Sample
-from jaxrl_sd.update import State, init_state
+from jaxrl_sd.update import Parts, State, init_state
 from jaxrl_sd.vocabulary import STUDENT
 
 SHOWN = ("rollout/accuracy", "eval/accuracy", "rollout/entropy")
@@ -84,16 +88,20 @@ def train(config: ConfigDict) -> dict[str, Any]:
         del params, frozen  # else one device would hold it all through the run
     clock.add(seconds)
     first = int(state.step)
-    forget_after(run.folder, first)
+    hosts.from_first(lambda: forget_after(run.folder, first))
     with (
         checkpoints,
         open_judge(config) as judge,
-        Writer(run.folder, config.steps, first + 1 if first else 0, SHOWN) as writer,
+        open_writer(run, first) as writer,
     ):
+
+        def write(step: int, row: dict[str, Any]) -> None:
+            if writer is not None:
+                writer.write(step, row)
 
         def assess(step: int) -> None:
             with clock("evaluate"):
-                writer.write(step, measure(run, state, judge, step))
+                write(step, measure(run, state, judge, step))
 
         def save(step: int) -> None:
             if checkpoints.latest_step() != step:
@@ -111,24 +119,26 @@ def train(config: ConfigDict) -> dict[str, Any]:
             problems, groups = collected.problems, collected.groups
             with clock("context"):
                 hints, hint_metrics = write_hints(run, problems, groups, step)
+                batch, parts, pack_metrics = pack(run, Batch(collected.rollouts, hints))
             with clock("score"):
-                batch = jax.device_put(Batch(collected.rollouts, hints), sharding.of_rows(run.mesh))
-                batch = run.steps.score(state, batch)
+                batch = update.score(run.steps, state, batch, parts)
                 batch, credit_metrics = jax.block_until_ready(run.steps.credit(batch, step))
-            row = collected.metrics | hint_metrics
+            row = collected.metrics | hint_metrics | pack_metrics
             if step == 0 or is_due(config, step + 1):
                 with clock("log"):
-                    gaps = jax.device_get(run.gaps(state, batch))
+                    gaps = hosts.get(run.gaps(state, batch, parts))
                     log_group(run, batch, gaps, problems, groups, step + 1)
                     row |= diagnostics.gap_sizes(batch, gaps)
             with clock("update"):
-                state, update_metrics = jax.block_until_ready(run.steps.update(state, batch))
+                state, update_metrics = jax.block_until_ready(
+                    update.update(run.steps, state, batch, parts, config.optimizer.epochs)
+                )
             position = collected.position
             with clock("log"):
                 row |= diagnostics.describe(batch)
                 row |= {f"credit/{name}": x for name, x in credit_metrics.items()}
                 row |= {f"update/{name}": x for name, x in update_metrics.items()}
-                writer.write(step + 1, row)
+                write(step + 1, row)
             if is_due(config, step + 1):
                 assess(step + 1)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
@@ -136,9 +146,21 @@ def train(config: ConfigDict) -> dict[str, Any]:
         with clock("save"):
             checkpoints.wait_until_finished()
             export(run, state)
+    return hosts.from_first(lambda: finish(run, clock))
+
+
+def finish(run: Run, clock: Clock) -> dict[str, Any]:
+    """Writes the report and returns the summary."""
     summary = summarize(run, clock)
     report.write(run.folder, summary, read_rollouts(run.folder))
     return summary
+
+
+def open_writer(run: Run, first: int) -> AbstractContextManager[Writer | None]:
+    """The record of a run that goes on after step `first`; None on all processes but one."""
+    if not hosts.is_first():
+        return nullcontext()
+    return Writer(run.folder, run.config.steps, first + 1 if first else 0, SHOWN)
 
 
 def forget_after(folder: Path, step: int) -> None:
@@ -156,8 +178,10 @@ def is_due(config: ConfigDict, finished: int) -> bool:
 def start_or_resume(run: Run, params, frozen, checkpoints) -> tuple[State, int, dict[str, float]]:
     """The state to go on from, the position in the sequence of problems, and seconds spent."""
     optimizer = configuration.optimizer(run.config)
-    state = init_state(params, frozen, optimizer, run.method.teachers, run.config.seed)
-    state = jax.device_put(state, sharding.of_state(state, run.mesh))
+    start = partial(init_state, optimizer=optimizer, teachers=run.method.teachers)
+    start = partial(start, frozen={}, seed=run.config.seed)
+    placed = sharding.of_state(jax.eval_shape(start, params), run.mesh)
+    state = jax.jit(start, out_shardings=placed)(params).replace(frozen=frozen)
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
     state, position, seconds = restored or (state, 0, {})
     if state.step > run.config.steps:
@@ -182,7 +206,7 @@ def random_key(state: State, stream: str, index: int) -> jax.Array:
 
 def draw(run: Run, state: State, key, prompt, prompt_length, samples: int, temperature: float):
     """Responses to the prompts, `samples` each, still on the device."""
-    prompt = jax.device_put((prompt, prompt_length), sharding.of_rows(run.mesh))
+    prompt = hosts.put((prompt, prompt_length), sharding.of_rows(run.mesh))
     sampling = replace(run.sampling, temperature=temperature)
     return sampler.sample(
         state.policy(), key, *prompt, group_size=samples, sampling=sampling, config=run.model
@@ -195,7 +219,7 @@ def sample(run: Run, state: State, problems: Sequence[Problem], position: int):
     prompt = rollout.encode(problems, run.tokenizer, run.templates["nothing"], settings.max_prompt)
     key = random_key(state, "sample", position)
     samples = draw(run, state, key, *prompt, settings.group_size, settings.temperature)
-    return prompt, jax.device_get(samples)
+    return prompt, hosts.get(samples)
 
 
 class Collected(NamedTuple):
@@ -260,6 +284,22 @@ def write_hints(run: Run, problems: Sequence[Problem], groups, step: int):
     )
 
 
+def pack(run: Run, batch: Batch) -> tuple[Batch, Parts, dict[str, float]]:
+    """A batch on the devices, and the parts in which it is computed, by mini-batch."""
+    rows = np.arange(len(batch.rollouts.response))
+    num_streams = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    parts = [
+        packing.pack(batch, run.sizes, num_streams, of_mini_batch)
+        for of_mini_batch in np.split(rows, run.config.optimizer.mini_batches)
+    ]
+    everything = list(itertools.chain(*parts))
+    metrics = {"compute/parts": len(everything)} | {
+        f"compute/{name}_padding" if name else "compute/padding": packing.padding(everything, name)
+        for name in run.sizes.streams
+    }
+    return *hosts.put((batch, parts), sharding.of_rows(run.mesh)), metrics
+
+
 def measure(run: Run, state: State, judge: Judge, step: int) -> dict[str, float]:
     """Held-out accuracy, sampled and greedy; every verdict goes to evaluations/."""
     k, settings = run.config.evaluation.samples, run.config.rollout
@@ -278,10 +318,11 @@ def measure(run: Run, state: State, judge: Judge, step: int) -> dict[str, float]
         )
         groups = list(itertools.chain.from_iterable(answered))
         verdicts[name], metrics[name] = rollout.measure(groups)
-    path = evaluation_file(run.folder, step)
-    path.parent.mkdir(exist_ok=True)
-    record = {name: v.tolist() for name, v in verdicts.items()}
-    path.write_text(json.dumps(strict(record), allow_nan=False))
+    if hosts.is_first():
+        path = evaluation_file(run.folder, step)
+        path.parent.mkdir(exist_ok=True)
+        record = {name: v.tolist() for name, v in verdicts.items()}
+        path.write_text(json.dumps(strict(record), allow_nan=False))
     accuracy = evaluate.avg_at_k(verdicts["sampled"])
     return {
         "eval/accuracy": accuracy.value,
@@ -302,7 +343,9 @@ def log_group(run: Run, batch: Batch, gaps, problems, groups, step: int) -> None
     """Writes a group of update `step`, mixed if there is one, with each token's credit and gap."""
     mixed = [len({s.correct for s in group}) > 1 for group in groups]
     p = int(np.argmax(mixed))
-    credit, reward = jax.device_get((batch.credit, batch.rollouts.reward))
+    credit, reward = hosts.get((batch.credit, batch.rollouts.reward))
+    if not hosts.is_first():
+        return
     records = []
     for i, answer in enumerate(groups[p], start=p * run.config.rollout.group_size):
         n = len(answer.ids)
@@ -345,7 +388,8 @@ def export(run: Run, state: State) -> None:
         adapters.save(run.folder / "adapter", policy, run.model, base=run.config.model.path)
         policy = merge(state.frozen[STUDENT], policy, run.model)
     weights.save(folder, policy, run.model, eos_token_id=run.sampling.stop_ids)
-    run.tokenizer.save_pretrained(folder)
+    if hosts.is_first():
+        run.tokenizer.save_pretrained(folder)
 
 
 def summarize(run: Run, clock: Clock) -> dict[str, Any]:

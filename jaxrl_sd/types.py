@@ -101,3 +101,36 @@ class Batch:
     scores: dict[str, Array] | None = None  # {name: f32[B, T]}, no gradient, 0 where masked
     credit: Credit | None = None
     weight_t: Array | None = None  # f32[B, T], loss = sum(loss_t * weight_t)
+
+
+@flax.struct.dataclass
+class Stream:
+    """Prompts and responses as one model reads them: a row of N tokens on each of R devices.
+
+    First come the prompts, each once, then the responses of their rows, then padding; all are
+    segments. A response also sees the C keys of its own prompt, which are gathered from the stream.
+    """
+
+    token: Array  # i32[R, N]
+    position: Array  # i32[R, N], in the sequence of prompt and response
+    segment: Array  # i32[R, N], non-decreasing
+    prefix: Array  # i32[R, C], places in the stream of the prompts' keys, once for each response
+    prefix_segment: Array  # i32[R, C], of the response that sees the key, non-decreasing
+    predictor: Array  # i32[R, M], the place whose hidden state predicts response token m
+    count: Array  # i32[R], tokens before the padding
+
+
+@flax.struct.dataclass
+class Part:
+    """What is computed at a time: some rows of a batch, packed. See packing.py.
+
+    The response tokens of R streams, M each of which `count` are real, are in the same order in the
+    stream of every model.
+    """
+
+    streams: dict[str, Stream]  # of the student, under `vocabulary.STUDENT`, and of each teacher
+    rows: Array  # i32[R, W], rows of the batch, B for none
+    token: Array  # i32[R, M]
+    row: Array  # i32[R, M], index into `rows`, W for none
+    t: Array  # i32[R, M], place in the response
+    count: Array  # i32[R]

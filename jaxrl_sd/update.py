@@ -1,6 +1,11 @@
-"""The device side of a step: score, credit, update with teacher refresh, each one jitted."""
+"""The device side of a step: score, credit, update with teacher refresh.
 
-from collections.abc import Callable, Mapping
+Batches are scored and trained on part by part (packing.py). Losses are sums over tokens whose
+weights were computed from whole mini-batches, so the gradients of parts simply add up.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,18 +13,19 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from jaxrl_sd import losses, sharding, stats
-from jaxrl_sd.methods.base import Method, Metrics, Teacher
-from jaxrl_sd.model import ModelConfig, join
-from jaxrl_sd.scoring import token_stats
+from jaxrl_sd.methods.base import Method, Metrics, Request, Teacher
+from jaxrl_sd.model import Compute, ModelConfig, join
+from jaxrl_sd.scoring import by_row, token_stats
 from jaxrl_sd.teachers import Source
-from jaxrl_sd.types import Array, Batch, Params
+from jaxrl_sd.types import Array, Batch, Params, Part
 from jaxrl_sd.vocabulary import STUDENT
 
 ALWAYS_SCORED = {"old_logp": (None, stats.log_prob), "entropy": (None, stats.entropy)}
 ALWAYS_PROBED = {"logp": (None, stats.log_prob)}
+
+Scores = dict[str, Array]  # f32[B, T], 0 where nothing trains
 
 
 @flax.struct.dataclass
@@ -38,12 +44,71 @@ class State:
         return join(self.frozen[STUDENT], self.params)
 
 
-class Steps(NamedTuple):
-    """The three device functions of a training step."""
+class Sums(NamedTuple):
+    """What the parts of a mini-batch add up to."""
 
-    score: Callable[[State, Batch], Batch]
-    credit: Callable[[Batch, Array], tuple[Batch, Metrics]]
-    update: Callable[[State, Batch], tuple[State, Metrics]]
+    gradient: Params
+    loss: Array  # f32[]
+    metrics: Metrics
+
+
+class Steps(NamedTuple):
+    """The device functions of a training step, each jitted; `score` and `update` run them."""
+
+    score: Callable[[State, Scores, Part], Scores]  # fills in the rows of a part
+    credit: Callable[[Batch, Array], tuple[Batch, Metrics]]  # gives tokens their weights, too
+    zeros: Callable[[State, Batch, Part], Sums]
+    add: Callable[[Sums, State, Batch, Part], Sums]
+    apply: Callable[[State, Sums, Batch, Array], tuple[State, Metrics]]  # one optimiser update
+    finish: Callable[[State], State]  # teacher refresh and step number, after the last update
+    scored: tuple[str, ...]  # names of what `score` fills in
+
+
+Parts = Sequence[Sequence[Part]]  # of each mini-batch
+
+
+def score(steps: Steps, state: State, batch: Batch, parts: Parts) -> Batch:
+    """Adds the scores of all rows."""
+    return batch.replace(scores=fill(steps.score, steps.scored, state, batch, parts))
+
+
+def fill(score, names: Sequence[str], state: State, batch: Batch, parts: Parts) -> Scores:
+    """What a function of `make_score` gives for all rows."""
+    mask_t = batch.rollouts.mask_t
+    scores = {name: jnp.zeros_like(mask_t, device=mask_t.sharding) for name in names}
+    for part in itertools.chain(*parts):
+        scores = score(state, scores, part)
+    return scores
+
+
+def update(
+    steps: Steps, state: State, batch: Batch, parts: Parts, epochs: int
+) -> tuple[State, Metrics]:
+    """Trains on a credited batch: an optimiser update a mini-batch, in order, `epochs` times.
+
+    Donates the state.
+    """
+    metrics = []
+    for _ in range(epochs):
+        for i, mini_batch in enumerate(parts):
+            sums = steps.zeros(state, batch, mini_batch[0])
+            for part in mini_batch:
+                sums = steps.add(sums, state, batch, part)
+            state, of_update = steps.apply(state, sums, batch, i)
+            metrics.append(of_update)
+    return steps.finish(state), _mean(metrics)
+
+
+@jax.jit
+def _mean(metrics: list[Metrics]) -> Metrics:
+    """Over the updates that had a token to train on."""
+    metrics = jax.tree.map(lambda *x: jnp.stack(x), *metrics)
+    has_tokens = metrics["empty"] == 0
+    num = jnp.maximum(has_tokens.sum(), 1)
+    means = {name: jnp.where(has_tokens, x, 0.0).sum() / num for name, x in metrics.items()}
+    # The first update is on policy, so its ratio is 1 up to rounding, or something is wrong.
+    means["first_ratio"] = metrics["ratio"][jnp.argmax(has_tokens)]
+    return {**means, "empty": metrics["empty"].mean()}
 
 
 def init_state(
@@ -81,9 +146,34 @@ def teacher_params(teachers: Mapping[str, Teacher], state: State) -> dict[str, P
     return {name: of(teacher.source) for name, teacher in teachers.items()}
 
 
-def weigh(method: Method, batch: Batch) -> Batch:
-    """Adds the weights that average over the tokens of this batch."""
-    return batch.replace(weight_t=method.weight(method.mask(batch)))
+def weigh(method: Method, batch: Batch, mini_batches: int) -> Batch:
+    """Adds the weights that average over the tokens of each mini-batch, whole groups in order."""
+    mask_t = method.mask(batch)
+    parts = mask_t.reshape(mini_batches, -1, mask_t.shape[1])
+    return batch.replace(weight_t=jax.vmap(method.weight)(parts).reshape(mask_t.shape))
+
+
+def make_score(
+    requests: Mapping[str, Request],
+    method: Method,
+    configs: Mapping[str, ModelConfig],
+    temperature: float,
+    compute: Compute,
+) -> Callable[[State, Scores, Part], Scores]:
+    """A jitted function that adds a part's statistics to {name: f32[B, T]}."""
+
+    # Placed as they are given to the next call, which else would be compiled again.
+    placement = None if compute.mesh is None else sharding.of_rows(compute.mesh)
+
+    @partial(jax.jit, donate_argnums=1, out_shardings=placement)
+    def score(state: State, scores: Scores, part: Part) -> Scores:
+        teachers = teacher_params(method.teachers, state)
+        out = token_stats(requests, state.policy(), teachers, part, configs, temperature, compute)
+        # A place beyond the last row is dropped.
+        row = jnp.take_along_axis(part.rows, part.row, axis=1, mode="fill", fill_value=2**30)
+        return {name: x.at[row, part.t].set(out[name], mode="drop") for name, x in scores.items()}
+
+    return score
 
 
 def make_steps(
@@ -91,12 +181,9 @@ def make_steps(
     optimizer: optax.GradientTransformation,
     configs: Mapping[str, ModelConfig],
     *,
-    mesh: Mesh,
     mini_batches: int,
-    epochs: int,
-    micro_batches: int,
     temperature: float,
-    chunk: int,
+    compute: Compute,
 ) -> Steps:
     """Compiles a method's device functions.
 
@@ -104,102 +191,86 @@ def make_steps(
       method: see `methods.base.Method`.
       optimizer: applied to the gradient of each mini-batch; is given `step` as an extra argument.
       configs: of the student, under `STUDENT`, and of each teacher.
-      mesh: where states live, see `sharding.of_state`.
       mini_batches: parts of whole groups into which a batch is split, one optimiser update each;
         must divide P.
-      epochs: passes over the batch.
-      micro_batches: parts into which the rows of a mini-batch are split; must divide them. Their
-        gradients add up to the whole mini-batch's.
       temperature: of sampling; scales logits everywhere.
-      chunk: see `vocabulary.chunked`.
+      compute: how forward passes are computed; states live on its mesh, see `sharding.of_state`.
     """
-    statistics = partial(token_stats, configs=configs, temperature=temperature, chunk=chunk)
     sources = {t.source.name: t.source for t in method.teachers.values()}
     optimizer = optax.with_extra_args_support(optimizer)
+    probes = {**ALWAYS_PROBED, **method.probe}
+    requests = {**ALWAYS_SCORED, **method.score}
 
-    @jax.jit
-    def score(state: State, batch: Batch) -> Batch:
-        teachers = teacher_params(method.teachers, state)
-        scores = statistics({**ALWAYS_SCORED, **method.score}, state.policy(), teachers, batch)
-        return batch.replace(scores=scores)
+    def placed(tree):
+        """As the next call is given it: other shardings would compile everything again."""
+        if compute.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, sharding.of_state(tree, compute.mesh))
 
     @jax.jit
     def credit(batch: Batch, step: Array) -> tuple[Batch, Metrics]:
         credit, metrics = method.credit(batch, step)
         mask_t = method.mask(batch)
         credit = jax.tree.map(lambda x: jnp.where(mask_t != 0, x, 0.0), credit)
-        return batch.replace(credit=credit), metrics
+        return weigh(method, batch.replace(credit=credit), mini_batches), metrics
 
-    def loss_sum(params, state, teachers, batch):
+    def loss_sum(params, state, teachers, batch, part):
         policy = state.replace(params=params).policy()
-        probed = statistics({**ALWAYS_PROBED, **method.probe}, policy, teachers, batch)
+        probed = token_stats(probes, policy, teachers, part, configs, temperature, compute)
+        T = batch.weight_t.shape[1]
+        probed = {name: by_row(x, part, T) for name, x in probed.items()}
         loss_t, metrics_t = method.loss(probed, batch, state.step)
         metrics_t = {**metrics_t, "ratio": jnp.exp(probed["logp"] - batch.scores["old_logp"])}
         total = partial(losses.weighted_sum, weight_t=batch.weight_t)
         return total(loss_t), {name: total(x) for name, x in metrics_t.items()}
 
-    def gradient_of(state, mini_batch):
-        """Gradient and metrics of a mini-batch, summed over its micro-batches."""
+    def sums_of(state: State, batch: Batch, part: Part) -> Sums:
         teachers = teacher_params(method.teachers, state)
+        of_part = take_rows(batch, part.rows.reshape(-1))
+        (loss, metrics), gradient = jax.value_and_grad(loss_sum, has_aux=True)(
+            state.params, state, teachers, of_part, part
+        )
+        return Sums(gradient, loss, metrics)
 
-        def of_part(part):
-            (loss, metrics), gradient = jax.value_and_grad(loss_sum, has_aux=True)(
-                state.params, state, teachers, part
-            )
-            return gradient, loss, metrics
+    @jax.jit
+    def zeros(state: State, batch: Batch, part: Part) -> Sums:
+        shapes = jax.eval_shape(sums_of, state, batch, part)
+        return placed(jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes))
 
-        parts = split(mini_batch, micro_batches)
-        shapes = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
-        add = partial(jax.tree.map, jnp.add)
-        total, _ = jax.lax.scan(lambda total, part: (add(total, of_part(part)), None), zeros, parts)
-        return total
+    @partial(jax.jit, donate_argnums=0)
+    def add(sums: Sums, state: State, batch: Batch, part: Part) -> Sums:
+        return placed(jax.tree.map(jnp.add, sums, sums_of(state, batch, part)))
 
-    def update_once(state, mini_batch):
-        mini_batch = weigh(method, mini_batch)
-        gradient, loss, sums = gradient_of(state, mini_batch)
-        norm, weight = optax.tree.norm(gradient), mini_batch.weight_t.sum()
-        # Neither a gradient that is not finite nor a batch without a token moves anything.
+    @partial(jax.jit, donate_argnums=0)
+    def apply(state: State, sums: Sums, batch: Batch, i: Array) -> tuple[State, Metrics]:
+        weight = batch.weight_t.reshape(mini_batches, -1)[i].sum()
+        norm = optax.tree.norm(sums.gradient)
+        # Neither a gradient that is not finite nor a mini-batch without a token moves anything.
         applied = jnp.isfinite(norm) & (weight > 0)
         updates, opt_state = optimizer.update(
-            gradient, state.opt_state, state.params, step=state.step
+            sums.gradient, state.opt_state, state.params, step=state.step
         )
         new = (optax.apply_updates(state.params, updates), opt_state)
         old = (state.params, state.opt_state)
-        trained = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
-        metrics = {name: x / jnp.where(weight > 0, weight, 1.0) for name, x in sums.items()}
-        metrics |= {"loss": loss, "grad_norm": norm, "skipped": 1.0 - jnp.isfinite(norm)}
-        return trained, (metrics, weight > 0)
+        params, opt_state = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+        metrics = {name: x / jnp.where(weight > 0, weight, 1.0) for name, x in sums.metrics.items()}
+        metrics |= {"loss": sums.loss, "grad_norm": norm, "skipped": 1.0 - jnp.isfinite(norm)}
+        metrics["empty"] = 1.0 - (weight > 0)
+        return placed(state.replace(params=params, opt_state=opt_state)), metrics
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
-        parts = split(batch, mini_batches)
-
-        def update_with(trained, i):
-            params, opt_state = trained
-            now = state.replace(params=params, opt_state=opt_state)
-            return update_once(now, jax.tree.map(lambda x: x[i], parts))
-
-        order = jnp.tile(jnp.arange(mini_batches), epochs)
-        start = (state.params, state.opt_state)
-        (params, opt_state), (metrics, has_tokens) = jax.lax.scan(update_with, start, order)
+    def finish(state: State) -> State:
         step = state.step + 1
         teachers = {
-            name: source.refresh(state.teachers[name], params, step)
+            name: source.refresh(state.teachers[name], state.params, step)
             for name, source in sources.items()
         }
-        state = state.replace(params=params, opt_state=opt_state, teachers=teachers, step=step)
-        # The next call is given what this one returns: other shardings would compile it again.
-        state = jax.lax.with_sharding_constraint(state, sharding.of_state(state, mesh))
-        num = jnp.maximum(has_tokens.sum(), 1)
-        means = {name: jnp.where(has_tokens, x, 0.0).sum() / num for name, x in metrics.items()}
-        # The first update is on policy, so its ratio is 1 up to rounding, or something is wrong.
-        means["first_ratio"] = metrics["ratio"][jnp.argmax(has_tokens)]
-        return state, {**means, "empty": 1.0 - has_tokens.mean()}
+        return placed(state.replace(teachers=teachers, step=step))
 
-    return Steps(score, credit, update)
+    score = make_score(requests, method, configs, temperature, compute)
+    return Steps(score, credit, zeros, add, apply, finish, scored=tuple(requests))
 
 
-def split(batch: Batch, parts: int) -> Batch:
-    """[B, ...] -> [parts, B / parts, ...] for every array of a batch."""
-    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+def take_rows(batch: Batch, rows: Array) -> Batch:
+    """Some rows of a batch; one that it does not have is all 0, and so without weight."""
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0, mode="fill", fill_value=0), batch)

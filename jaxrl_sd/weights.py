@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxrl_sd import architectures, sharding
+from jaxrl_sd import architectures, files, hosts, sharding
 from jaxrl_sd.architectures import TENSORS, Layout, Slot
 from jaxrl_sd.model import ModelConfig, param_shapes
 from jaxrl_sd.types import Array, InputError, Params, first_line
@@ -52,7 +52,8 @@ def load(
     """Reads a model of either form, each tensor straight to where its devices need it.
 
     All headers are checked before anything is allocated. The host then holds one tensor of one
-    layer at a time. On several hosts each reads all files and keeps what its own devices need.
+    layer at a time. On several hosts each reads what its own devices
+    need.
 
     A tied model may still hold an `lm_head.weight`, as some public ones do, if it equals the
     embedding; we would not know which of two different ones is meant.
@@ -70,8 +71,8 @@ def load(
         return _load_native(folder, config, mesh, dtype), config
     slots = architectures.slots(config)
     with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(open_file(file)) for file in _weight_files(folder)}
-        owners = _owners(files)
+        opened = {file: stack.enter_context(open_file(file)) for file in _weight_files(folder)}
+        owners = _owners(opened)
         _check_tensors(folder, owners, slots, config, dtype)
         flat = {}
         for param, placement in _placements(config, mesh).items():
@@ -107,13 +108,14 @@ def save(
     folder, fields = _prepare(path, params, config, other=[NATIVE])
     flat, slots = flatten_dict(params, sep="/"), architectures.slots(config)
     sizes = {name: _num_bytes(flat[slot.param], slot) for name, slot in slots.items()}
-    shards, files = _split(sizes, max_shard_bytes), {}
+    shards, owners = _split(sizes, max_shard_bytes), {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        files |= dict.fromkeys(names, file)
-        _write_shard(folder / f"{file}.tmp", flat, {name: slots[name] for name in names})
-    if jax.process_index() == 0:
-        _publish(folder, files, sum(sizes.values()))
+        owners |= dict.fromkeys(names, file)
+        unfinished = files.unfinished(folder / file)
+        _write_shard(unfinished, flat, {name: slots[name] for name in names})
+    if hosts.is_first():
+        _publish(folder, owners, sum(sizes.values()))
         _write_configs(folder, fields, eos_token_id)
 
 
@@ -128,7 +130,7 @@ def save_native(
     folder, fields = _prepare(path, params, config, other=[SINGLE, INDEX])
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / NATIVE).absolute(), params, force=True)
-    if jax.process_index() == 0:
+    if hosts.is_first():
         _write_configs(folder, fields, eos_token_id)
 
 
@@ -260,10 +262,10 @@ def _check_tensors(
             )
 
 
-def _owners(files: Mapping[Path, Any]) -> dict[str, Any]:
+def _owners(opened: Mapping[Path, Any]) -> dict[str, Any]:
     """The open file of every tensor."""
     owners, paths = {}, {}
-    for path, file in files.items():
+    for path, file in opened.items():
         for name in file.keys():
             if name in owners:
                 raise InputError(f"{path}: tensor {name} is also in {paths[name].name}")
@@ -328,8 +330,14 @@ def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 def _write_shard(file: Path, flat: Mapping[str, Array], slots: Mapping[str, Slot]) -> None:
     tensors = {name: fetch(flat[slot.param], slot) for name, slot in slots.items()}
-    if jax.process_index() == 0:
-        save_file(tensors, file, metadata={"format": "pt"})
+    if hosts.is_first():
+        write_tensors(file, tensors)
+
+
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file that everybody may read."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes files that only their owner may read
 
 
 def fetch(param: Array, slot: Slot) -> np.ndarray:
@@ -346,15 +354,13 @@ def _take(stack: Array, layer: Array, layout: Layout) -> Array:
     return layout.to_stored(stack[layer])
 
 
-def _publish(folder: Path, files: Mapping[str, str], num_bytes: int) -> None:
+def _publish(folder: Path, owners: Mapping[str, str], num_bytes: int) -> None:
     """Makes finished files the model's and removes those of an earlier one."""
-    names = set(files.values())
+    names = set(owners.values())
     for name in names:
-        temporary = folder / f"{name}.tmp"
-        temporary.chmod(0o644)  # safetensors makes files that only their owner may read
-        temporary.replace(folder / name)
+        files.publish(folder / name)
     if len(names) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": files})
+        write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": owners})
         names.add(INDEX)
     for old in [folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
         if old.name not in names:
@@ -386,13 +392,4 @@ def read_json(file: Path) -> dict:
 
 def write_json(file: Path, fields: dict) -> None:
     """Writes a JSON object; nobody reads half of it."""
-    text = json.dumps(fields, indent=2) + "\n"
-    replace_file(file, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def replace_file(file: Path, write: Callable[[Path], object]) -> None:
-    """Nobody reads half a file: it is written under another name, then renamed."""
-    partial = file.with_name(file.name + ".tmp")
-    write(partial)
-    partial.chmod(0o644)  # safetensors makes files that only their owner may read
-    partial.replace(file)
+    files.replace_text(file, json.dumps(fields, indent=2) + "\n")

@@ -323,8 +323,9 @@ def test_evaluation_of_a_file_of_mathematics_problems(tmp_path, processes):
     file = tmp_path / "problems.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = (
-        *("--benchmark=aime24", "--decoding=sdpg", "--samples=5", f"--output_dir={tmp_path}/run"),
+        *("--benchmark=aime24", "--decoding=sdpg", f"--output_dir={tmp_path}/run"),
         *(f"--config.data.test={file}", "--config.rollout.prompts=2"),
+        "--config.evaluation.samples=5",
     )
     done = processes("-m", "experiments.evaluate", *arguments)
     assert done.returncode == 0, done.stderr

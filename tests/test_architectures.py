@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_sd import architectures, model, sharding, weights
+from jaxrl_sd import architectures, decoding, model, sharding, weights
 from jaxrl_sd.types import InputError
 
 FILE = Path("models/x/config.json")
@@ -113,10 +113,10 @@ def at_once(params, config, prompt, length, response):
 
 
 def step_by_step(params, config, prompt, length, response):
-    last, cache = model.prefill(params, prompt, length, 1, T, config)
+    last, cache = decoding.prefill(params, prompt, length, 1, T, config)
     hidden = [last[:, None]]
     for t in range(T - 1):
-        state, cache = model.decode(
+        state, cache = decoding.decode(
             params, response[:, None, t], jnp.int32(t), length, cache, config
         )
         hidden.append(state)

@@ -83,7 +83,9 @@ def test_schedules_count_steps_and_not_updates(config):
         ("rollout.max_rounds", 0, "rollout.max_rounds: expected at least 1, got 0"),
         ("importance.level", "row", "importance.level: expected one of .*'sequence'.*, got 'row'"),
         ("importance.cap", 0.0, "importance.cap: expected more than 0"),
-        ("compute.micro_batches", 3, "compute.micro_batches: expected a divisor of 256 rows"),
+        ("compute.tokens", 35, "compute.tokens: expected at least the 36 of a row, got 35"),
+        ("compute.dtype", "float16", "compute.dtype: expected one of"),
+        ("compute.remat", "all", "compute.remat: expected one of"),
         ("templates.anwser", {"user": ""}, "templates.anwser: unknown, expected .*'answer'"),
         ("templates.answer", {"usr": ""}, "templates.answer.usr: unknown, expected"),
         ("output_dir", "/dev/null/run", "output_dir: expected a folder .* /dev/null/run"),
@@ -191,14 +193,6 @@ def test_a_configuration_file_that_fails_is_named(tmp_path, code, message):
     with pytest.raises(InputError, match=message) as caught:
         configuration.load(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_micro_batches_divide_the_rows_of_a_mini_batch(config):
-    config.optimizer.mini_batches, config.compute.micro_batches = 8, 32
-    configuration.check(config)
-    config.compute.micro_batches = 64
-    with pytest.raises(InputError, match=r"compute.micro_batches: .* divisor of 32 rows"):
-        configuration.check(config)
 
 
 @pytest.mark.parametrize("buffer", [-1, 24, 4096])

@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import oracles
 import pytest
+from packed import in_one, token_stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jaxrl_sd import config as configuration
 from jaxrl_sd import contexts, countdown, model, stats, tokens
 from jaxrl_sd.contexts import TEMPLATES, Hint
-from jaxrl_sd.model import ModelConfig
-from jaxrl_sd.scoring import token_stats
+from jaxrl_sd.model import Compute, ModelConfig
 from jaxrl_sd.start import compare_headers
 from jaxrl_sd.tokens import Template
 from jaxrl_sd.types import Batch, InputError, Problem, Rollouts, Sample
@@ -399,9 +399,10 @@ def test_the_teacher_scores_the_very_ids_that_were_sampled(tokenizer):
     requests = {"logp": ("t", stats.teacher_log_prob)}
     batch = Batch(rollouts, {"t": hints})
     configs = {STUDENT: config, "t": config}
-    got = jax.jit(lambda p, b: token_stats(requests, p, {"t": p}, b, configs, 1.0, 7))(
-        params, batch
-    )
+    part = in_one(batch)
+    got = jax.jit(
+        lambda p: token_stats(requests, p, {"t": p}, batch, part, configs, 1.0, Compute())
+    )(params)
     for i, n in enumerate(lengths):
         slots = {"problem": PROBLEM.prompt, "peer": f"response {hints.source[i] % 2}"}
         template = templates["peer" if hints.shown[i] else "nothing"]

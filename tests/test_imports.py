@@ -13,12 +13,13 @@ from jaxrl_sd.methods import METHODS
 PACKAGE = Path(jaxrl_sd.__file__).parent
 # A module may import from its own line and from the lines above. A folder's modules stand together.
 LAYERS = [
-    ["types"],
-    ["stats", "groups", "losses", "vocabulary", "rope"],  # arithmetic
-    ["tokens", "model"],
-    ["contexts", "teachers"],
+    ["types", "files"],
+    ["stats", "groups", "losses", "vocabulary", "rope", "attention"],  # arithmetic
+    ["tokens", "packing", "sharding"],
+    ["model"],
+    ["contexts", "teachers", "decoding"],
     ["methods"],
-    ["sharding", "scoring", "update", "sampler", "diagnostics"],  # devices
+    ["hosts", "scoring", "update", "sampler", "diagnostics"],  # devices
     ["architectures", "weights", "adapters"],
     ["countdown", "code_problems", "data", "verify", "config", "metrics", "checkpoint"],  # host
     ["policies", "benchmarks", "rollout", "evaluate", "report"],

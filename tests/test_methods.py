@@ -33,6 +33,7 @@ from jaxrl_sd.methods.sc_grpo import (
     sc_grpo,
 )
 from jaxrl_sd.methods.sdpg import beta_schedule, sdpg
+from jaxrl_sd.model import Compute
 from jaxrl_sd.types import Batch, Hints, Problem, Rollouts, Sample
 from jaxrl_sd.update import ALWAYS_PROBED, ALWAYS_SCORED, make_steps, weigh
 
@@ -192,12 +193,9 @@ def compiled(name: str, hyper: tuple):
         method,
         optax.identity(),
         configs={},
-        mesh=None,
         mini_batches=1,
-        epochs=1,
-        micro_batches=1,
         temperature=1.0,
-        chunk=1,
+        compute=Compute(),
     )
 
     @jax.jit
@@ -213,7 +211,6 @@ def compiled(name: str, hyper: tuple):
 
         scores = measure({**ALWAYS_SCORED, **method.score}, logits["old"])
         credited, metrics = steps.credit(batch.replace(scores=scores), step)
-        credited = weigh(method, credited)
 
         def loss(student):
             probed = measure({**ALWAYS_PROBED, **method.probe}, student)
@@ -301,7 +298,7 @@ def test_everything_is_finite(name, verdicts, lengths, truncated):
     results = evaluate(name, case)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(results))
     method = make(name)
-    if not weigh(method, batch_of(case, method)).weight_t.any():
+    if not weigh(method, batch_of(case, method), 1).weight_t.any():
         assert results[0] == 0
         assert not results[1].any()
 
@@ -599,7 +596,7 @@ def test_sdpg_gate():
     beats = case.correct & (np.repeat([3, 4, 4, 4], G) > np.repeat([2, 0, 1, 4], G))
     np.testing.assert_array_equal(credit.distill_t != 0, beats[:, None] & case.mask)
     np.testing.assert_array_equal(credit.distill_t.max(), beta_schedule(STEP, 1e-3, 50, 350, 400))
-    weight_t = weigh(method, batch_of(case, method)).weight_t
+    weight_t = weigh(method, batch_of(case, method), 1).weight_t
     np.testing.assert_allclose(weight_t, case.mask / case.mask.sum(), rtol=1e-6)
 
 

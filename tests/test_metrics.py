@@ -3,6 +3,7 @@ import json
 import math
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -111,7 +112,7 @@ def test_a_kill_while_old_rows_are_dropped_keeps_the_file(tmp_path, monkeypatch)
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", killed)
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         metrics.Writer(tmp_path, 5, 1)
     assert (tmp_path / metrics.FILE).read_bytes() == before

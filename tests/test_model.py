@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_sd import model, rope
+from jaxrl_sd import decoding, model, rope
 
 CONFIG = model.ModelConfig(
     vocab_size=32,
@@ -72,8 +72,8 @@ def rows():
 
 
 response_hidden = jax.jit(model.response_hidden, static_argnames="config")
-prefill = jax.jit(model.prefill, static_argnums=(3, 4, 5))
-decode = jax.jit(model.decode, static_argnames="config")
+prefill = jax.jit(decoding.prefill, static_argnums=(3, 4, 5))
+decode = jax.jit(decoding.decode, static_argnames="config")
 init_params = jax.jit(model.init_params, static_argnums=1)
 init_adapter = jax.jit(model.init_adapter, static_argnums=1)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_sd import model, sampler
+from jaxrl_sd import decoding, model, sampler, vocabulary
 from jaxrl_sd.model import ModelConfig
 from jaxrl_sd.sampler import SamplingConfig
 
@@ -126,7 +126,7 @@ def test_truncation_keeps_the_right_tokens(top_k, top_p):
     logits = np.random.default_rng(1).normal(size=(40, V)) * 2
     kept = sampler.truncate_logits(jnp.asarray(logits, jnp.float32), top_k, top_p)
     expected = np.isfinite(slow_truncate(logits, top_k, top_p))
-    np.testing.assert_array_equal(np.asarray(kept) > model.MASKED / 2, expected)
+    np.testing.assert_array_equal(np.asarray(kept) > vocabulary.MASKED / 2, expected)
 
 
 def test_tokens_are_drawn_with_their_probability(params, prompt):
@@ -163,13 +163,13 @@ def test_a_stop_token_that_is_also_the_pad_counts_once(params, prompt):
 
 def test_stops_when_every_row_has_stopped(params, prompt, monkeypatch):
     steps = []
-    decode = model.decode
+    decode = decoding.decode
 
     def counted(*args):
         jax.debug.callback(lambda: steps.append(1))
         return decode(*args)
 
-    monkeypatch.setattr(model, "decode", counted)
+    monkeypatch.setattr(decoding, "decode", counted)
     sampling = replace(PLAIN, stop_ids=tuple(range(V)), max_response=T + 1)  # a fresh compilation
     draw(params, prompt, sampling).length.block_until_ready()
     jax.effects_barrier()
@@ -178,13 +178,13 @@ def test_stops_when_every_row_has_stopped(params, prompt, monkeypatch):
 
 def test_a_prompt_is_prefilled_once_for_its_group(params, prompt, monkeypatch):
     rows = []
-    prefill = model.prefill
+    prefill = decoding.prefill
 
     def seen(params, prompt, *args):
         rows.append(prompt.shape[0])
         return prefill(params, prompt, *args)
 
-    monkeypatch.setattr(model, "prefill", seen)
+    monkeypatch.setattr(decoding, "prefill", seen)
     draw(params, prompt, replace(PLAIN, max_response=T + 2))
     assert rows == [P]
 

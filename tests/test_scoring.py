@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from packed import in_one, token_stats
 
-from jaxrl_sd import model, stats
-from jaxrl_sd.model import ModelConfig
-from jaxrl_sd.scoring import token_stats
+from jaxrl_sd import model, scoring, stats
+from jaxrl_sd.model import Compute, ModelConfig
 from jaxrl_sd.types import Batch, Hints, Rollouts
 from jaxrl_sd.vocabulary import STUDENT
 
@@ -100,9 +100,10 @@ def teachers(tied: bool = True):
 def scorer(chunk: int, tied: bool = True):
     """Statistics, and the gradients of their weighted sum to student and teachers."""
 
-    def total(params, teachers, batch, temperature):
+    def total(params, teachers, batch, part, temperature):
         configs = dict.fromkeys((STUDENT, *teachers), CONFIG if tied else UNTIED)
-        out = token_stats(REQUESTS, params, teachers, batch, configs, temperature, chunk)
+        compute = Compute(chunk=chunk)
+        out = token_stats(REQUESTS, params, teachers, batch, part, configs, temperature, compute)
         return sum(jnp.sum(x[:, :T] * WEIGHT_T[name]) for name, x in out.items()), out
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
@@ -110,7 +111,8 @@ def scorer(chunk: int, tied: bool = True):
 
 def score(batch=None, chunk=7, tied=True, temperature=TEMPERATURE):
     batch = batch or draw_batch()
-    (_, out), gradients = scorer(chunk, tied)(PARAMS[tied], teachers(tied), batch, temperature)
+    args = PARAMS[tied], teachers(tied), batch, in_one(batch), temperature
+    (_, out), gradients = scorer(chunk, tied)(*args)
     return out, *gradients
 
 
@@ -221,14 +223,18 @@ def test_masked_tokens_give_zero_and_no_gradient():
 
 def test_nan_behind_the_mask_reaches_no_gradient(monkeypatch):
     """Masked after the head instead, it would reach the head's gradient as 0 * NaN."""
-    hidden, behind = model.response_hidden, np.arange(T) >= np.array(RESPONSE)[:, None]
+    hidden, batch = model.hidden, draw_batch()
 
-    def broken(*args):
-        return jnp.where(behind[..., None], jnp.nan, hidden(*args))
+    def broken(params, stream, *others):
+        behind = jnp.arange(stream.token.shape[1])[None] >= stream.count[:, None]
+        return jnp.where(behind[..., None], jnp.nan, hidden(params, stream, *others))
 
+    part = in_one(batch)
+    for stream in part.streams.values():  # what is behind the last token looks at padding
+        stream.predictor[:, int(part.count[0]) :] = 127
     want, want_gradient, _ = score()
-    monkeypatch.setattr(model, "response_hidden", broken)
-    args = PARAMS[True], teachers(), draw_batch(), TEMPERATURE
+    monkeypatch.setattr(model, "hidden", broken)
+    args = PARAMS[True], teachers(), batch, part, TEMPERATURE
     (_, out), (gradient, _) = scorer.__wrapped__(7)(*args)  # compiled anew
     jax.tree.map(np.testing.assert_array_equal, (out, gradient), (want, want_gradient))
 
@@ -256,28 +262,23 @@ def test_padding_of_the_vocabulary_is_not_trained():
 
 
 def test_logits_of_all_tokens_never_exist():
-    """Backward pass included: less memory than one float32 [B, T, V]."""
+    """Backward pass included: less memory than one float32 [N, V]."""
     config = dataclasses.replace(CONFIG, vocab_size=4096, num_tokens=4000, num_layers=1)
-    rows, prompt, length = 8, 8, 64
+    tokens = 512
     shapes = jax.eval_shape(lambda: draw_params(0, config))
-    i32 = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    f32 = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    ids = jax.ShapeDtypeStruct((rows, prompt), jnp.int32)
-    f32_t = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    response = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    rollouts = Rollouts(ids, i32, response, *[f32_t] * 3, *[f32] * 3, group_size=1)
-    batch = Batch(rollouts, {"teacher": Hints(ids, i32, f32, i32)})
+    part = in_one(draw_batch(), tokens)
     requests = {"kl": ("teacher", stats.forward_kl)}
 
     def megabytes(chunk):
-        def loss(params, teacher, batch):
-            teachers = {"teacher": teacher}
+        def loss(params, teacher, part):
             configs = dict.fromkeys((STUDENT, "teacher"), config)
-            return token_stats(requests, params, teachers, batch, configs, 1.0, chunk)["kl"].sum()
+            teachers, compute = {"teacher": teacher}, Compute(chunk=chunk)
+            out = scoring.token_stats(requests, params, teachers, part, configs, 1.0, compute)
+            return out["kl"].sum()
 
-        compiled = jax.jit(jax.grad(loss)).lower(shapes, shapes, batch).compile()
+        compiled = jax.jit(jax.grad(loss)).lower(shapes, shapes, part).compile()
         return compiled.memory_analysis().temp_size_in_bytes / 2**20
 
-    block = rows * length * config.vocab_size * 4 / 2**20
+    block = tokens * config.vocab_size * 4 / 2**20
     assert megabytes(chunk=16) < block / 2
-    assert megabytes(chunk=rows * length) > block
+    assert megabytes(chunk=tokens) > block

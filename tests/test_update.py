@@ -10,6 +10,7 @@ import optax
 import oracles
 import pytest
 from oracles import ORACLES, Case
+from packed import in_one, in_parts, token_stats
 
 from jaxrl_sd import contexts, losses, model, sharding, stats, teachers, update
 from jaxrl_sd.methods import METHODS
@@ -20,8 +21,7 @@ from jaxrl_sd.methods.base import (
     add_importance_weight,
     group_advantage,
 )
-from jaxrl_sd.model import LINEAR, Lora, ModelConfig
-from jaxrl_sd.scoring import token_stats
+from jaxrl_sd.model import LINEAR, Compute, Lora, ModelConfig
 from jaxrl_sd.types import Batch, Credit, Hints, Rollouts
 from jaxrl_sd.update import ALWAYS_PROBED, Steps, init_state, make_steps
 from jaxrl_sd.vocabulary import STUDENT
@@ -69,22 +69,26 @@ def method_of(name: str) -> Method:
     return METHODS[name](**HYPER.get(name, {}), **synced)
 
 
-def compile_steps(method: Method, devices: int = 1, config=CONFIG, **parts) -> Steps:
-    settings = {"mini_batches": 1, "epochs": 1, "micro_batches": 1, **parts}
+def compile_steps(method: Method, mesh=None, config=CONFIG, mini_batches: int = 1) -> Steps:
     return make_steps(
         method,
         OPTIMIZER,
         dict.fromkeys((STUDENT, *method.teachers), config),
-        mesh=sharding.make_mesh(data=1, fsdp=devices, tensor=1),
+        mini_batches=mini_batches,
         temperature=TEMPERATURE,
-        chunk=CHUNK,
-        **settings,
+        compute=Compute(chunk=CHUNK, mesh=mesh),
     )
 
 
 @cache
-def compiled(name: str, micro_batches: int = 1, devices: int = 1) -> Steps:
-    return compile_steps(method_of(name), devices, micro_batches=micro_batches)
+def compiled(name: str) -> Steps:
+    return compile_steps(method_of(name))
+
+
+def train_on(steps: Steps, state, batch: Batch, mini_batches: int = 1, epochs: int = 1):
+    """`update.update` with each mini-batch in one part."""
+    parts = in_parts(batch, rows=B, mini_batches=mini_batches)
+    return update.update(steps, state, batch, parts, epochs)
 
 
 @cache
@@ -180,7 +184,8 @@ def draw_batch(name: str, pad_id: int = PAD, garbage: float = 0.0) -> Batch:
 def credited(name: str, batch: Batch | None = None) -> Batch:
     steps = compiled(name)
     state = start(name)
-    return steps.credit(steps.score(state, batch or draw_batch(name)), state.step)[0]
+    batch = batch or draw_batch(name)
+    return steps.credit(update.score(steps, state, batch, in_parts(batch, rows=B)), state.step)[0]
 
 
 credited_once = cache(credited)
@@ -242,7 +247,7 @@ def test_update_follows_the_papers_gradient(name):
     case = float64_case(name, before, teacher, reference)
     hyper = {key: x for key, x in HYPER.get(name, {}).items() if key != "teacher"}
     oracle = partial(ORACLES[name], **hyper)
-    state, metrics = compiled(name).update(start(name), credited_once(name))
+    state, metrics = train_on(compiled(name), start(name), credited_once(name))
     np.testing.assert_allclose(metrics["loss"], oracle(case).loss_t.sum(), rtol=1e-3, atol=1e-6)
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, before)
     rng = np.random.default_rng(0)
@@ -262,47 +267,54 @@ def test_update_follows_the_papers_gradient(name):
 
 
 def assert_same_update(name, got):
-    want = compiled(name).update(start(name), credited_once(name))
+    want = train_on(compiled(name), start(name), credited_once(name))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), got, want)
 
 
 @every_method
-def test_two_micro_batches_on_eight_devices_add_up(name):
-    """Rows on different devices; groups, and so credit, span four of them."""
-    mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
-    steps = compiled(name, 2, devices=8)
-    batch = jax.device_put(credited_once(name).replace(credit=None), sharding.of_rows(mesh))
-    batch, _ = steps.credit(batch, STEP)
-    assert len(batch.credit.adv_t.sharding.device_set) == 8
+def test_parts_on_eight_devices_add_up(name):
+    """A row a stream, four streams at a time, heads and vocabulary split; credit sees groups."""
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    steps = compile_steps(method_of(name), mesh)
+    batch = credited_once(name).replace(credit=None)
+    parts = jax.device_put(in_parts(batch, tokens=24, streams=4, rows=1), sharding.of_rows(mesh))
+    assert len(parts[0]) > 1
+    batch = jax.device_put(batch, sharding.of_rows(mesh))
     state = start(name)
     state = jax.device_put(state, sharding.of_state(state, mesh))
-    state, metrics = steps.update(state, batch)
+    scored = update.score(steps, state, batch, parts)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, scored.scores, credited_once(name).scores)
+    batch, _ = steps.credit(batch, STEP)
+    assert len(batch.credit.adv_t.sharding.device_set) == 8
+    state, metrics = update.update(steps, state, batch, parts, epochs=1)
     assert_same_update(name, (state, metrics))
-    steps.update(state, batch)
-    assert steps.update._cache_size() == 1  # what is returned is sharded as what is given
+    update.update(steps, state, batch, parts, epochs=1)
+    for function in (steps.score, steps.zeros, steps.add, steps.apply, steps.finish):
+        assert function._cache_size() == 1  # what is returned is sharded as what is given
 
 
 @every_method
 def test_padding_does_not_matter(name):
     """Neither other pads nor NaN where the sampler has drawn nothing."""
-    want, _ = compiled(name).update(start(name), credited_once(name))
+    want, _ = train_on(compiled(name), start(name), credited_once(name))
     batch = credited(name, draw_batch(name, pad_id=3, garbage=np.nan))
-    got, _ = compiled(name).update(start(name), batch)
+    got, _ = train_on(compiled(name), start(name), batch)
     assert_trees_equal(got, want)
 
 
 @every_method
 def test_no_gradient_reaches_a_teacher(name):
-    method, batch = method_of(name), update.weigh(method_of(name), credited_once(name))
+    method, batch = method_of(name), credited_once(name)
     requests = {**ALWAYS_PROBED, **method.probe}
     configs = dict.fromkeys((STUDENT, *method.teachers), CONFIG)
+    compute, part = Compute(chunk=CHUNK), in_one(batch)
 
     @jax.jit
     @jax.grad
     def gradient(teacher_params):
-        probed = token_stats(
-            requests, draw_params(0), teacher_params, batch, configs, TEMPERATURE, CHUNK
-        )
+        models = draw_params(0), teacher_params
+        probed = token_stats(requests, *models, batch, part, configs, TEMPERATURE, compute)
         loss_t, _ = method.loss(probed, batch, STEP)
         return losses.weighted_sum(loss_t, batch.weight_t)
 
@@ -316,14 +328,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name):
     batch = credited_once(name)
     nan = batch.credit.adv_t.at[0, 1].set(jnp.nan)
     broken = batch.replace(credit=Credit(nan, nan))
-    state, metrics = compiled(name).update(start(name), broken)
+    state, metrics = train_on(compiled(name), start(name), broken)
     want = start(name)
     assert_trees_equal((state.params, state.opt_state), (want.params, want.opt_state))
     assert (state.step, metrics["skipped"]) == (STEP + 1, 1)
     for source in {t.source for t in method_of(name).teachers.values()}:
         refreshed = source.refresh(want.teachers[source.name], want.params, STEP + 1)
         assert_trees_close(state.teachers[source.name], refreshed)
-    state, metrics = compiled(name).update(state, batch)
+    state, metrics = train_on(compiled(name), state, batch)
     assert metrics["skipped"] == 0
     assert jnp.abs(state.params["embed"] - want.params["embed"]).max() > 1e-3
 
@@ -331,10 +343,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name):
 def test_a_batch_without_a_token_moves_nothing():
     """Not even by what the optimiser remembers. Every teacher of SDPO is silent."""
     batch = credited_once("sdpo")
-    state, _ = compiled("sdpo").update(start("sdpo"), batch)
+    state, _ = train_on(compiled("sdpo"), start("sdpo"), batch)
     before = jax.device_get(state)
     silent = batch.hints["teacher"].replace(shown=jnp.zeros(B))
-    state, metrics = compiled("sdpo").update(state, batch.replace(hints={"teacher": silent}))
+    batch, _ = compiled("sdpo").credit(batch.replace(hints={"teacher": silent}), STEP)
+    state, metrics = train_on(compiled("sdpo"), state, batch)
     assert_trees_equal((state.params, state.opt_state), (before.params, before.opt_state))
     assert (metrics["loss"], metrics["empty"], metrics["skipped"]) == (0, 1, 0)
     assert state.step == STEP + 2
@@ -346,8 +359,10 @@ def test_a_mini_batch_without_a_token_enters_no_mean():
     shown = jnp.array([0.0] * G + [1.0] * G)
     half = batch.replace(hints={"teacher": batch.hints["teacher"].replace(shown=shown)})
     steps = compile_steps(method_of("sdpo"), mini_batches=2)
-    state, metrics = steps.update(start("sdpo"), half)
-    want, want_metrics = compiled("sdpo").update(start("sdpo"), half)
+    halves, _ = steps.credit(half, STEP)
+    state, metrics = train_on(steps, start("sdpo"), halves, mini_batches=2)
+    whole, _ = compiled("sdpo").credit(half, STEP)
+    want, want_metrics = train_on(compiled("sdpo"), start("sdpo"), whole)
     assert_trees_close(state, want)
     np.testing.assert_allclose(metrics["first_ratio"], 1, atol=1e-6)
     assert (metrics["empty"], want_metrics["empty"]) == (0.5, 0)
@@ -360,12 +375,14 @@ def test_mini_batches_and_epochs_are_updates_in_a_row():
 
     SDPG, because its advantages, its ratio, its weights and its live teacher all show an error.
     """
-    method, batch = method_of("sdpg"), credited_once("sdpg")
-    got, metrics = compile_steps(method, mini_batches=2, epochs=2).update(start("sdpg"), batch)
+    batch, steps = credited_once("sdpg"), compile_steps(method_of("sdpg"), mini_batches=2)
+    in_two, _ = steps.credit(batch, STEP)
+    got, metrics = train_on(steps, start("sdpg"), in_two, mini_batches=2, epochs=2)
     parts = [jax.tree.map(lambda x, p=p: x[p * G : (p + 1) * G], batch) for p in range(P)]
+    parts = [compiled("sdpg").credit(part, STEP)[0] for part in parts]
     want, ratios = start("sdpg"), []
     for part in parts * 2:
-        want, of_part = compiled("sdpg").update(want.replace(step=jnp.int32(STEP)), part)
+        want, of_part = train_on(compiled("sdpg"), want.replace(step=jnp.int32(STEP)), part)
         ratios.append(float(of_part["ratio"]))
     assert_trees_close(got, want)
     np.testing.assert_allclose(metrics["first_ratio"], 1, atol=1e-6)
@@ -375,8 +392,9 @@ def test_mini_batches_and_epochs_are_updates_in_a_row():
 
 def test_a_moving_average_moves_once_a_step():
     """After the last mini-batch, however many there are."""
-    steps = compile_steps(method_of("sdft"), mini_batches=2, epochs=2)
-    state, _ = steps.update(start("sdft"), credited_once("sdft"))
+    steps = compile_steps(method_of("sdft"), mini_batches=2)
+    batch, _ = steps.credit(credited_once("sdft"), STEP)
+    state, _ = train_on(steps, start("sdft"), batch, mini_batches=2, epochs=2)
     old = start("sdft").teachers["ema_0.01"]
     want = jax.tree.map(lambda s, p: s + 0.01 * (p - s), old, state.params)
     assert_trees_close(state.teachers["ema_0.01"], want)
@@ -391,9 +409,9 @@ def test_importance_weights_scale_the_gradient(level):
     length = np.array(LENGTH)[:, None]
     want = {"token": np.full((B, 1), 1.5), "sequence": np.minimum(1.5**length, 2.0)}[level]
     weighted = batch.replace(credit=jax.tree.map(lambda x: x * want, batch.credit))
-    want_state, _ = compiled("dr_grpo").update(start("dr_grpo"), weighted)
+    want_state, _ = train_on(compiled("dr_grpo"), start("dr_grpo"), weighted)
     method = add_importance_weight(method_of("dr_grpo"), level, cap=2.0)
-    state, _ = compile_steps(method).update(start("dr_grpo"), batch.replace(rollouts=rollouts))
+    state, _ = train_on(compile_steps(method), start("dr_grpo"), batch.replace(rollouts=rollouts))
     assert_trees_close(state.params, want_state.params)
 
 
@@ -403,7 +421,7 @@ def test_teachers_are_refreshed_after_the_update(name):
     state = start(name, step=0)
     history = [jax.device_get(state)]
     for _ in range(3):
-        state, _ = compiled(name).update(state, credited_once(name))
+        state, _ = train_on(compiled(name), state, credited_once(name))
         history.append(jax.device_get(state))
     assert [int(x.step) for x in history] == [0, 1, 2, 3]
     for source, first in history[0].teachers.items():
@@ -425,13 +443,14 @@ def test_an_adapter_has_the_gradient_of_the_weights_that_it_changes():
     state = init_state(copy(policy), {STUDENT: copy(base)}, OPTIMIZER, method.teachers, seed=0)
     state = state.replace(teachers={"current": (), "frozen": copy(reference)}, step=jnp.int32(STEP))
     steps, batch = compile_steps(method, config=config), draw_batch("sdpg")
-    scored = whole.score(merged, batch)
+    parts = in_parts(batch, rows=B)
+    scored = update.score(whole, merged, batch, parts)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, steps.score(state, batch).scores, scored.scores)
+    jax.tree.map(close, update.score(steps, state, batch, parts).scores, scored.scores)
     batch, _ = whole.credit(scored, merged.step)
     before = copy(merged.params["layers"])
-    after, _ = whole.update(merged, batch)
-    state, _ = steps.update(state, batch)
+    after, _ = train_on(whole, merged, batch)
+    state, _ = train_on(steps, state, batch)
     assert_trees_equal(state.frozen, {STUDENT: base})
     assert_trees_equal(state.teachers["frozen"], reference)
     for name, inputs in LINEAR.items():
@@ -473,7 +492,7 @@ def test_an_eighth_method_is_one_function_and_one_entry(monkeypatch):
         )
 
     monkeypatch.setitem(METHODS, "toy", toy)
-    state, metrics = compiled("toy", 2).update(start("toy"), credited("toy"))
+    state, metrics = train_on(compiled("toy"), start("toy"), credited("toy"))
     assert metrics["skipped"] == 0
     old, before, after = start("toy").teachers["ema_0.25"], start("toy").params, state.params
     assert jnp.abs(after["embed"] - before["embed"]).max() > 1e-3

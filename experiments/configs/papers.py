@@ -52,7 +52,7 @@ def hold_out(c: ConfigDict, benchmark: str, every: int, samples: int) -> None:
 
 
 def spread(c: ConfigDict, devices: int) -> None:
-    """Weights and rows over all devices, one row of a micro-batch on each. A guess, not tried."""
+    """Weights and rows over all devices. A guess, not tried."""
     c.mesh.fsdp = devices
-    rows = c.rollout.prompts // c.optimizer.mini_batches * c.rollout.group_size
-    c.compute.micro_batches = rows // devices
+    c.compute.tokens = c.rollout.max_prompt + c.rollout.max_response
+    c.compute.dtype, c.compute.remat = "bfloat16", "layer"

@@ -18,5 +18,6 @@ def get_config():
     c.steps = 200
     c.rollout.prompts, c.rollout.group_size = 256, 8
     c.rollout.max_prompt, c.rollout.max_hint_prompt, c.rollout.max_response = 1024, 2048, 4096
-    c.compute.micro_batches = 256
+    c.compute.tokens = 5120
+    c.compute.dtype, c.compute.remat = "bfloat16", "layer"
     return c

@@ -1,0 +1,174 @@
+"""The decoder token by token: prompts are run once, their keys and values shared by their samples.
+
+A slot holds one prompt and decodes it in a few lanes. Layers are a list here and unrolled: out of a
+stacked array XLA would copy each layer's weights and cache for every token.
+
+U slots, N lanes of a slot, S prompt tokens, C columns of the response cache, D hidden, Q query
+heads, K key-value heads, R = Q / K, H head size.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_sd.attention import attention
+from jaxrl_sd.model import Compute, ModelConfig, block, cast, rms_norm
+from jaxrl_sd.sharding import constrain
+from jaxrl_sd.types import Array, Params
+from jaxrl_sd.vocabulary import MASKED
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer. The response part is a ring: all lanes write one column."""
+
+    prompt_k: Array  # [U, K, S, H]
+    prompt_v: Array  # [U, K, S, H]
+    response_k: Array  # [U, K, N, C, H]
+    response_v: Array  # [U, K, N, C, H]
+
+
+Cache = list[LayerCache]
+
+
+def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
+    """Parameters as this module takes them: in `compute.dtype`, a list of layers."""
+    params = cast(params, compute.dtype)
+    layers = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(config.num_layers)]
+    return {**params, "layers": layers}
+
+
+def prefill(
+    params: Params, prompt: Array, prompt_length: Array, config: ModelConfig, compute: Compute
+) -> tuple[Array, list[tuple[Array, Array]]]:
+    """Runs prompts i32[U, S], left-padded, once.
+
+    Returns:
+      The last hidden state [U, D], after the final norm; keys and values of each layer,
+      [U, K, S, H].
+    """
+    U, S = prompt.shape
+    position = jnp.arange(S)[None] - (S - prompt_length)[:, None]
+    segment, none = (position >= 0).astype(jnp.int32), jnp.zeros((U, 0), jnp.int32)
+    place = partial(constrain, axes=("rows", "tokens", "features"), mesh=compute.mesh)
+
+    def attend(q, k, v):
+        values = attention(q, k, v, segment, none, mesh=compute.mesh)
+        return values, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    x, kept = place(params["embed"][prompt]), []
+    for layer in params["layers"]:
+        x, keys_values = block(x, layer, jnp.maximum(position, 0), attend, config)
+        x = place(x)
+        kept.append(keys_values)
+    return rms_norm(x[:, -1], params["final_norm"], config.rms_norm_eps), kept
+
+
+def empty_cache(
+    slots: int, lanes: int, width: int, columns: int, config: ModelConfig, compute: Compute
+) -> Cache:
+    """A cache of zeros for prompts of `width` tokens and responses of up to `columns`."""
+    K, H = config.num_kv_heads, config.head_dim
+    prompt, response = (slots, K, width, H), (slots, K, lanes, columns, H)
+
+    def layer():
+        cache = (jnp.zeros(shape, compute.dtype) for shape in (prompt, prompt, response, response))
+        return _place(LayerCache(*cache), compute)
+
+    return [layer() for _ in range(config.num_layers)]
+
+
+def fill(cache: Cache, slots: Array, prompts: list[tuple[Array, Array]], compute: Compute) -> Cache:
+    """Puts what `prefill` gave into some slots, i32[B]; slot U does not exist and is dropped."""
+
+    def put(cache, prompt):
+        k, v = (
+            old.at[slots].set(new, mode="drop") for old, new in zip(cache[:2], prompt, strict=True)
+        )
+        return _place(cache._replace(prompt_k=k, prompt_v=v), compute)
+
+    return [put(*layer) for layer in zip(cache, prompts, strict=True)]
+
+
+def grow(cache: Cache, column: Array, columns: int, compute: Compute) -> tuple[Cache, Array]:
+    """More columns for the responses, in the order of time; and the next column to write."""
+    C = cache[0].response_k.shape[3]
+
+    def widen(x):
+        x = jnp.roll(x, -column, axis=3)
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, columns - C), (0, 0)])
+
+    def layer(cache):
+        k, v = widen(cache.response_k), widen(cache.response_v)
+        return _place(cache._replace(response_k=k, response_v=v), compute)
+
+    return [layer(old) for old in cache], jnp.int32(C)
+
+
+def decode(
+    params: Params,
+    token: Array,
+    t: Array,
+    prompt_length: Array,
+    cache: Cache,
+    column: Array,
+    config: ModelConfig,
+    compute: Compute,
+) -> tuple[Array, Cache]:
+    """Appends a token to every lane.
+
+    Args:
+      token: i32[U, N], number t of the response in its lane.
+      t: i32[U, N], less than C; the lane wrote tokens 0 ... t - 1 in the columns before `column`.
+      prompt_length: i32[U].
+      column: i32[], of the ring, where this token's keys and values go.
+
+    Returns:
+      Hidden states [U, N, D] after the final norm, and the new cache.
+    """
+    S, C = cache[0].prompt_k.shape[2], cache[0].response_k.shape[3]
+    in_prompt = jnp.arange(S)[None] >= (S - prompt_length)[:, None]
+    age = (column - jnp.arange(C)) % C
+    in_response = age[None, None] <= t[..., None]
+    in_prompt = jnp.broadcast_to(in_prompt[:, None], (*token.shape, S))
+    seen = jnp.concatenate([in_prompt, in_response], axis=-1)[:, None, :, None]
+    # Split like the weights: what is exchanged for a token is then hidden states, never weights.
+    place = partial(constrain, axes=("replicas", "lanes", "hidden"), mesh=compute.mesh)
+    x, kept = place(params["embed"][token]), []
+    for layer, old in zip(params["layers"], cache, strict=True):
+        attend = partial(_attend, cache=old, column=column, seen=seen, compute=compute)
+        x, new = block(x, layer, prompt_length[:, None] + t, attend, config)
+        x = place(x)
+        kept.append(new)
+    return rms_norm(x, params["final_norm"], config.rms_norm_eps), kept
+
+
+def _attend(q, k, v, cache: LayerCache, column, seen, compute):
+    """Attention of q [U, N, Q, H] to the prompt and to what its lane has written, k and v last."""
+    (U, N, Q, H), K, S = q.shape, k.shape[2], cache.prompt_k.shape[2]
+
+    def write(old, new):
+        new = new.swapaxes(1, 2)[:, :, :, None]
+        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=3)
+
+    cache = cache._replace(
+        response_k=write(cache.response_k, k), response_v=write(cache.response_v, v)
+    )
+    cache = _place(cache, compute)
+    q = (q * H**-0.5).reshape(U, N, K, Q // K, H).swapaxes(1, 2)
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    to_prompt = einsum("uknrh,uksh->uknrs", q, cache.prompt_k)
+    to_response = einsum("uknrh,uknch->uknrc", q, cache.response_k)
+    scores = jnp.concatenate([to_prompt, to_response], axis=-1)
+    share = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
+    out = einsum("uknrs,uksh->uknrh", share[..., :S], cache.prompt_v)
+    out += einsum("uknrc,uknch->uknrh", share[..., S:], cache.response_v)
+    return out.astype(v.dtype).swapaxes(1, 2).reshape(U, N, Q, H), cache
+
+
+def _place(cache: LayerCache, compute: Compute) -> LayerCache:
+    """Slots over the devices that split rows, heads over those that split heads."""
+    names = ("rows", "heads", "lanes", "columns", "head_dim")
+    axes = (names[:2] + names[3:],) * 2 + (names,) * 2
+    return LayerCache(*map(partial(constrain, mesh=compute.mesh), cache, axes))

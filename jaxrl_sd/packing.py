@@ -1,0 +1,228 @@
+"""Packs the rows of a batch into streams of tokens, so that hardly any computed token is padding.
+
+A micro-batch is one stream of fixed size on each device, filled with whole rows: each prompt once,
+however many responses to it there are, and the responses back to back. All micro-batches have one
+shape, so everything is compiled once; how many a step has follows from its lengths. Student and
+teachers read the same rows, each after its own prompts. Host code, on numpy arrays.
+
+B rows, N tokens of a stream, C prefix keys, M response tokens, W rows of a stream, R streams.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrl_sd.types import Batch, Hints, Part, Rollouts, Stream
+from jaxrl_sd.vocabulary import STUDENT
+
+TILE = 128  # what kernels on accelerators work in: sizes of streams are multiples of it
+NO_SEGMENT = 2**30
+
+
+class Prompts(NamedTuple):
+    """What is known of a model's prompts before there are any."""
+
+    longest: int  # S, in tokens
+    shared: bool  # whether all rows of a group have the same
+
+
+class Size(NamedTuple):
+    """What a model's stream has room for."""
+
+    tokens: int  # N
+    prefix: int  # C
+
+
+class Sizes(NamedTuple):
+    """What the streams of a micro-batch have room for."""
+
+    streams: Mapping[str, Size]  # by model
+    responses: int  # M, in tokens
+    rows: int  # W
+
+
+def sizes(prompts: Mapping[str, Prompts], group_size: int, max_response: int, tokens: int) -> Sizes:
+    """Room in every model's stream for what `tokens` hold in the student's.
+
+    That is as many groups as fit if prompts and responses are as long as they may be. A teacher
+    that reads another prompt for each row has to read more.
+
+    Args:
+      prompts: of every model, the student's under `STUDENT`.
+      tokens: N of the student's stream, at least; a row of full length always fits.
+
+    >>> sizes({STUDENT: Prompts(128, shared=True)}, group_size=8, max_response=480, tokens=3968)
+    Sizes(streams={'': Size(tokens=3968, prefix=2048)}, responses=3968, rows=64)
+    """
+    G, T = group_size, max_response
+    groups = tokens / (prompts[STUDENT].longest + G * T)
+
+    def of(S: int, shared: bool) -> Size:
+        room = groups * ((S if shared else G * S) + G * T)
+        # Twice the keys of full groups: more groups fit when responses are short.
+        return Size(_round_up(max(room, S + T)), _round_up(max(2 * groups * G * S, S)))
+
+    streams = {name: of(*prompt) for name, prompt in prompts.items()}
+    return Sizes(streams, streams[STUDENT].tokens, max(round(8 * groups * G), 1))
+
+
+def _round_up(x: float) -> int:
+    return -(-round(x) // TILE) * TILE
+
+
+def pack(batch: Batch, sizes: Sizes, num_streams: int, rows: Sequence[int]) -> list[Part]:
+    """Micro-batches of some rows of a batch, at least one.
+
+    Args:
+      batch: rollouts and hints, on the host. Rows of which no token trains are left out.
+      num_streams: R, a stream for each device that has rows of its own.
+      rows: of the batch.
+
+    Raises:
+      ValueError: a row does not fit.
+    """
+    r = batch.rollouts
+    length = _lengths(r.mask_t)
+    prompts = {STUDENT: _read(r), **{name: _read(hints) for name, hints in batch.hints.items()}}
+    chosen = [row for row in rows if length[row]]
+    bins = assign(prompts, length, sizes, chosen)
+    bins += [[]] * (-len(bins) % num_streams if bins else num_streams)
+    streams = [_pack_stream(rows, prompts, r.response, length, sizes) for rows in bins]
+    return [
+        jax.tree.map(lambda *x: np.stack(x), *streams[i : i + num_streams])
+        for i in range(0, len(streams), num_streams)
+    ]
+
+
+def _lengths(mask_t: np.ndarray) -> np.ndarray:
+    """Tokens up to the last that trains."""
+    trained = np.asarray(mask_t) != 0
+    return np.where(trained.any(axis=1), trained.shape[1] - trained[:, ::-1].argmax(axis=1), 0)
+
+
+def _read(shown: Rollouts | Hints) -> list[bytes]:
+    """Every row's prompt without padding; as bytes, so that equal ones are found."""
+    prompt, length = np.asarray(shown.prompt, np.int32), np.asarray(shown.prompt_length)
+    width = prompt.shape[1]
+    return [row[width - n :].tobytes() for row, n in zip(prompt, length, strict=True)]
+
+
+def assign(
+    prompts: Mapping[str, Sequence[bytes]], length: np.ndarray, sizes: Sizes, rows: Iterable[int]
+) -> list[list[int]]:
+    """The rows of each stream: those of the largest groups first, and the longest of them.
+
+    A row joins a stream that has its prompt, or else the first in which it fits (first-fit
+    decreasing).
+
+    Args:
+      prompts: of every row, by model.
+      length: i[B], of the responses.
+
+    Raises:
+      ValueError: a row does not fit into an empty stream.
+    """
+    rows, bins = list(rows), []
+    names = list(sizes.streams)
+    room = np.array([x for name in names for x in sizes.streams[name]] + [*sizes[1:]])
+    free = np.tile(room, (len(rows), 1))  # [streams, resources]
+    holders = {name: defaultdict(list) for name in names}  # streams that have a prompt
+    for row in _largest_first(prompts[STUDENT], length, rows):
+        n, own = length[row], {name: prompts[name][row] for name in names}
+        widths = {name: len(prompt) // 4 for name, prompt in own.items()}
+        need = np.array(
+            [x for name in names for x in (widths[name] + n - 1, widths[name])] + [n, 1]
+        )
+        needs = {}  # of the streams that have a prompt of the row
+        for i, name in enumerate(names):
+            for j in holders[name][own[name]]:
+                needs.setdefault(j, need.copy())[2 * i] -= widths[name]
+        shared = [j for j in needs if (free[j] >= needs[j]).all()]
+        if shared:
+            j = shared[0]
+        else:
+            j = int((free[: len(bins) + 1] >= need).all(axis=1).argmax())
+            if (free[j] < need).any():
+                raise ValueError(f"row {row}: needs {need.tolist()}, a stream has {room.tolist()}")
+        if j == len(bins):
+            bins.append([])
+        bins[j].append(row)
+        free[j] -= needs.get(j, need)
+        for name in names:
+            if j not in holders[name][own[name]]:
+                holders[name][own[name]].append(j)
+    return bins
+
+
+def _largest_first(prompts: Sequence[bytes], length: np.ndarray, rows: list[int]) -> list[int]:
+    total = defaultdict(int)
+    for row in rows:
+        total[prompts[row]] += int(length[row])
+    return sorted(rows, key=lambda row: (-total[prompts[row]], prompts[row], -length[row]))
+
+
+def _pack_stream(
+    rows: Sequence[int],
+    prompts: Mapping[str, Sequence[bytes]],
+    response: np.ndarray,
+    length: np.ndarray,
+    sizes: Sizes,
+) -> Part:
+    """One stream of a part, without the leading axis R."""
+    M, W, B = sizes.responses, sizes.rows, len(response)
+    rows_, token = np.full(W, B, np.int32), np.zeros(M, np.int32)
+    row_, t = np.full(M, W, np.int32), np.zeros(M, np.int32)
+    rows_[: len(rows)] = rows
+    m = 0
+    for w, row in enumerate(rows):
+        n = length[row]
+        token[m : m + n], row_[m : m + n], t[m : m + n] = response[row, :n], w, np.arange(n)
+        m += n
+    streams = {
+        name: _read_by([prompts[name][row] for row in rows], response[rows], length[rows], size, M)
+        for name, size in sizes.streams.items()
+    }
+    return Part(streams, rows_, token, row_, t, np.int32(m))
+
+
+def _read_by(
+    prompts: Sequence[bytes], response: np.ndarray, length: np.ndarray, size: Size, M: int
+) -> Stream:
+    """A model's stream, without the leading axis R."""
+    N, C = size
+    token, position, segment = np.zeros((3, N), np.int32)
+    prefix, prefix_segment = np.zeros(C, np.int32), np.full(C, NO_SEGMENT, np.int32)
+    predictor = np.zeros(M, np.int32)
+    start = {}  # of each prompt
+    at = m = c = 0
+
+    def append(ids, first_position: int, number: int) -> None:
+        nonlocal at
+        here = slice(at, at + len(ids))
+        token[here], segment[here] = ids, number
+        position[here] = first_position + np.arange(len(ids))
+        at += len(ids)
+
+    for prompt in prompts:
+        if prompt not in start:
+            start[prompt] = at
+            append(np.frombuffer(prompt, np.int32), 0, len(start) - 1)
+    for w, (prompt, ids, n) in enumerate(zip(prompts, response, length, strict=True)):
+        first, p, number = start[prompt], len(prompt) // 4, len(start) + w
+        prefix[c : c + p], prefix_segment[c : c + p] = first + np.arange(p), number
+        # Its end predicts the first token, and each token the next; nothing is after the last.
+        predictor[m], predictor[m + 1 : m + n] = first + p - 1, at + np.arange(n - 1)
+        append(ids[: n - 1], p, number)
+        m, c = m + n, c + p
+    # A padding token sees itself only.
+    segment[at:] = len(start) + len(prompts) + np.arange(N - at)
+    return Stream(token, position, segment, prefix, prefix_segment, predictor, np.int32(at))
+
+
+def padding(parts: Sequence[Part], model: str = STUDENT) -> float:
+    """The share of a model's computed tokens that are padding."""
+    streams = [part.streams[model] for part in parts]
+    return 1 - sum(s.count.sum() for s in streams) / sum(s.token.size for s in streams)
