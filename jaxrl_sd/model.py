@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from jaxrl_sd import rope, sharding, vocabulary
-from jaxrl_sd.attention import attention
+from jaxrl_sd import attention, rope, sharding, vocabulary
 from jaxrl_sd.sharding import LINEAR
 from jaxrl_sd.types import Array, Params, Stream
 
@@ -29,6 +28,7 @@ from jaxrl_sd.types import Array, Params, Stream
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of projections
+    "attention": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -234,7 +234,7 @@ def hidden(params: Params, stream: Stream, config: ModelConfig, compute: Compute
     def attend(q, k, v):
         k, v = (jnp.concatenate([x, _take(x, stream.prefix)], axis=1) for x in (k, v))
         segments = stream.segment, stream.prefix_segment
-        return attention(q, k, v, *segments, mesh=compute.mesh), None
+        return attention.attention(q, k, v, *segments, mesh=compute.mesh), None
 
     def step(x, layer):
         x, _ = block(x, layer, stream.position, attend, config)

@@ -40,29 +40,28 @@ def token_stats(
     names = sorted({teacher for teacher, _ in requests.values() if teacher is not None})
     # The one place where teachers are cut off from the gradient.
     owners = {STUDENT: params} | {n: jax.lax.stop_gradient(teacher_params[n]) for n in names}
-    real = jnp.arange(part.token.shape[1])[None] < part.count[:, None]
 
     def hidden(name):
         stream = part.streams[name]
         h = model.hidden(owners[name], stream, configs[name], compute)
-        h = jnp.take_along_axis(h, stream.predictor[..., None], axis=1)
-        # Zeroed at the source: a NaN in padding would survive in the gradient as 0 * NaN.
-        return jnp.where(real[..., None], h, 0.0)
+        return jnp.take_along_axis(h, stream.predictor[..., None], axis=1)
 
-    def head(name):
-        return model.head(owners[name], configs[name]).astype(compute.dtype)
-
-    flat = {name: hidden(name).reshape(real.size, -1) for name in owners}
-    out = vocabulary.chunked(
-        requests,
-        flat,
-        {name: head(name) for name in owners},
-        part.token.reshape(-1),
-        num_tokens=configs[STUDENT].num_tokens,
-        temperature=temperature,
-        chunk=compute.chunk,
-    )
-    return {name: jnp.where(real, x.reshape(real.shape), 0.0) for name, x in out.items()}
+    hiddens = {name: hidden(name) for name in owners}
+    heads = {name: model.head(owners[name], configs[name]) for name in owners}
+    settings = {
+        "num_tokens": configs[STUDENT].num_tokens,
+        "temperature": temperature,
+        "chunk": compute.chunk,
+    }
+    if compute.mesh is not None:
+        streams = part.token, part.count
+        return vocabulary.chunked_streams(
+            requests, hiddens, heads, *streams, mesh=compute.mesh, **settings
+        )
+    (token,), (count,) = part.token, part.count
+    hiddens = {name: h[0] for name, h in hiddens.items()}
+    out = vocabulary.chunked(requests, hiddens, heads, token, count=count, **settings)
+    return {name: x[None] for name, x in out.items()}
 
 
 def by_row(x: Array, part: Part, num_tokens: int) -> Array:

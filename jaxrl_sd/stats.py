@@ -18,6 +18,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxrl_sd.types import Array
 
@@ -25,7 +26,22 @@ TokenStat = Callable[[Array, Array, Array], Array]
 
 
 def _log_softmax(logits: Array) -> Array:
-    return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return _float32_log_softmax(logits.astype(jnp.float32))
+
+
+@jax.custom_jvp
+def _float32_log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
+
+
+@_float32_log_softmax.defjvp
+def _log_softmax_jvp(primals, tangents):
+    # `jax.nn.log_softmax` keeps the exponentials for the backward pass: a third array as large as
+    # the logits and the result.
+    (logits,), (tangent,) = primals, tangents
+    out = _float32_log_softmax(logits)
+    return out, tangent - jnp.sum(jnp.exp(out) * tangent, axis=-1, keepdims=True)
 
 
 def _pick(logits: Array, token: Array) -> Array:
@@ -206,11 +222,36 @@ def on_top_k(divergence: Callable[..., Array], k: int, of: str, rest: str) -> To
         del token
         log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
         ranked = jax.lax.stop_gradient(log_q if of == "student" else log_p)
-        _, ids = jax.lax.top_k(ranked, min(k, ranked.shape[-1]))
+        ids = _top_k(ranked, min(k, ranked.shape[-1]))
         q_k, p_k = (_REST[rest](x, ids) for x in (log_q, log_p))
         return divergence(q_k, p_k, whole=rest != "truncate")
 
     return stat
+
+
+def _top_k(x: Array, k: int) -> Array:
+    """Ids of the k largest of [..., V], i32[..., k].
+
+    Where devices share V (see `vocabulary.chunked_streams`), each proposes its k largest: XLA would
+    collect whole rows.
+    """
+    devices = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    V = x.shape[-1]
+    if devices == 1 or V % devices:
+        return jax.lax.top_k(x, k)[1]
+
+    def propose(x, start):
+        values, ids = jax.lax.top_k(x, min(k, V // devices))
+        return values, ids + start
+
+    split = PartitionSpec(*[None] * (x.ndim - 1), "tensor")
+    starts = jax.lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + (devices,), x.ndim - 1)
+    propose = jax.shard_map(
+        propose, in_specs=(split, split), out_specs=split, axis_names={"tensor"}, check_vma=False
+    )
+    values, ids = propose(x, starts * (V // devices))
+    _, best = jax.lax.top_k(values, k)
+    return jnp.take_along_axis(ids, best, axis=-1)
 
 
 def _truncate(log_x: Array, ids: Array) -> Array:

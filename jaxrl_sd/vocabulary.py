@@ -1,17 +1,21 @@
 """Statistics over the vocabulary from hidden states and the output head, in chunks of tokens.
 
 `[N, V]` never exists: the logits of a few tokens at a time are computed, in float32, and computed
-again in the backward pass. Knows no model: hidden states and heads are arrays, so a tied head is
-the embedding matrix.
+again in the backward pass, which adds up the head's gradient in one float32 array. Knows no model:
+hidden states and heads are arrays, so a tied head is the embedding matrix.
 
 N tokens, D hidden, V rows of a head (ids that the tokenizer knows, then padding).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxrl_sd.stats import TokenStat
 from jaxrl_sd.types import Array
@@ -24,7 +28,7 @@ def logits(hidden: Array, head: Array, num_tokens: int) -> Array:
     """Logits of hidden states, f32[..., V]; ids from `num_tokens` on are `MASKED`.
 
     Args:
-      hidden: [..., D], bfloat16 or float32. Products are summed in float32 in either case.
+      hidden: [..., D], bfloat16 or float32: the type of the factors. Sums are float32.
       head: [V, D], bfloat16 or float32.
       num_tokens: ids that the tokenizer knows; the head's rows beyond get no gradient.
 
@@ -32,18 +36,19 @@ def logits(hidden: Array, head: Array, num_tokens: int) -> Array:
     >>> print(logits(hidden, head, num_tokens=2))
     [[ 1.0e+00  1.5e+00 -1.0e+30]]
     """
+    return _mask(_product("...d,vd->...v", hidden, head.astype(hidden.dtype)), num_tokens)
+
+
+def _product(subscripts: str, a: Array, b: Array) -> Array:
     # Accelerators round float32 factors to fewer bits unless told otherwise. bfloat16 has no more
-    # bits to lose, and asking for them would slow its backward pass down many times.
-    exact = jnp.promote_types(hidden.dtype, head.dtype) == jnp.float32
-    out = jnp.einsum(
-        "...d,vd->...v",
-        hidden,
-        head,
-        precision=jax.lax.Precision.HIGHEST if exact else None,
-        preferred_element_type=jnp.float32,
-    )
-    known = jax.lax.broadcasted_iota(jnp.int32, out.shape, out.ndim - 1) < num_tokens
-    return jnp.where(known, out, MASKED)
+    # bits to lose, and asking for them would slow it down many times.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _mask(z: Array, num_tokens: int) -> Array:
+    known = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) < num_tokens
+    return jnp.where(known, z, MASKED)
 
 
 def chunked(
@@ -55,18 +60,25 @@ def chunked(
     num_tokens: int,
     temperature: float | Array,
     chunk: int,
+    count: Array | None = None,
 ) -> dict[str, Array]:
     """Statistics of N tokens, {name: f32[N]}, differentiable in every hidden state and head.
 
+    The backward pass computes logits again, except those of a single chunk, which are kept. Hidden
+    states, heads and statistics that are cut off from the gradient cost nothing more.
+
     Args:
       requests: {name: (teacher or None, statistic)}.
-      hidden: {STUDENT: [N, D], teacher: [N, D'], ...}, bfloat16 or float32.
-      heads: {STUDENT: [V, D], teacher: [V', D'], ...}. Those with more padding are cut. The
-        gradient of a head is summed over chunks in float32, then has the head's type.
+      hidden: {STUDENT: [N, D], teacher: [N, D'], ...}, bfloat16 or float32: the type of the
+        factors of all products; sums and statistics are float32.
+      heads: {STUDENT: [V, D], teacher: [V', D'], ...}, bfloat16 or float32. Those with more padding
+        are cut. The gradient of a head is summed in float32, then has the head's type.
       token: i32[N].
       num_tokens: ids that the tokenizer knows, the same for all models.
-      temperature: divides all logits.
-      chunk: tokens whose logits exist at a time, on all devices together; need not divide N.
+      temperature: divides all logits; gets no gradient.
+      chunk: tokens whose logits exist at a time; need not divide N.
+      count: i32[], how many tokens are real; None for all. Those behind them have value and
+        gradient 0 whatever is in them, and chunks of nothing else are not computed.
 
     Raises:
       ValueError: `chunk` is not positive, or a head has fewer than `num_tokens` rows.
@@ -80,41 +92,246 @@ def chunked(
     >>> print(out["logp"].round(2), out["kl"].round(2))
     [-1.39 -1.39 -1.39] [0.12 0.12 0.  ]
     """
+    _check(heads, num_tokens, chunk)
+    N = len(token)
+    count = jnp.asarray(N if count is None else count, jnp.int32)
+    plan = _Plan(dict(requests), num_tokens, min(chunk, N))
+    temperature = jnp.asarray(temperature, jnp.float32)
+    inputs = _Inputs(dict(hidden), _cut(heads), token, temperature, count, _chunks(count, plan))
+    return _of_any_length(plan, inputs)
+
+
+def chunked_streams(
+    requests: Mapping[str, tuple[str | None, TokenStat]],
+    hidden: Mapping[str, Array],
+    heads: Mapping[str, Array],
+    token: Array,
+    count: Array,
+    *,
+    mesh: Mesh,
+    num_tokens: int,
+    temperature: float | Array,
+    chunk: int,
+) -> dict[str, Array]:
+    """`chunked` for R streams of N tokens on a mesh, {name: f32[R, N]}.
+
+    Each of the R = data * fsdp groups of devices computes its own stream; the devices of a group
+    share the vocabulary, if it divides by `tensor`. XLA adds up statistics over the group, some
+    numbers a token; logits stay where they are. Once a call, heads are gathered over `fsdp` and
+    their gradients added up over `data` and `fsdp`. All groups compute as many chunks as the
+    longest stream has.
+
+    Args:
+      hidden: {STUDENT: [R, N, D], teacher: [R, N, D'], ...}.
+      token: i32[R, N].
+      count: i32[R], real tokens of each stream.
+      mesh: of the axes data, fsdp and tensor.
+      chunk: tokens of a stream whose logits exist at a time.
+
+    Raises:
+      ValueError: as `chunked`, or R is not data * fsdp.
+    """
+    _check(heads, num_tokens, chunk)
+    R, N = token.shape
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    if R != groups:
+        raise ValueError(f"token: expected {groups} streams, one for each data and fsdp, got {R}")
+    plan = _Plan(dict(requests), num_tokens, min(chunk, N))
+
+    def of_stream(hidden, heads, token, temperature, count, chunks):
+        hidden = {name: x[0] for name, x in hidden.items()}
+        heads = {name: _split_rows(head[0], mesh) for name, head in heads.items()}
+        inputs = _Inputs(hidden, heads, token[0], temperature, count[0], chunks)
+        return {name: x[None] for name, x in _of_any_length(plan, inputs).items()}
+
+    streams, whole = PartitionSpec(("data", "fsdp")), PartitionSpec()
+    run = jax.shard_map(
+        of_stream,
+        mesh=mesh,
+        in_specs=(streams, streams, streams, whole, streams, whole),
+        out_specs=streams,
+        axis_names={"data", "fsdp"},
+        check_vma=False,
+    )
+    temperature, chunks = jnp.asarray(temperature, jnp.float32), _chunks(count.max(), plan)
+    # A copy for each stream, so that XLA adds up the gradients. Those of a shared input would be
+    # added up by an instruction that XLA refuses if there is just one stream.
+    heads = {n: jnp.broadcast_to(head, (R, *head.shape)) for n, head in _cut(heads).items()}
+    return run(dict(hidden), heads, token, temperature, count, chunks)
+
+
+def _check(heads: Mapping[str, Array], num_tokens: int, chunk: int) -> None:
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     sizes = {name: head.shape[0] for name, head in heads.items()}
-    rows = min(sizes.values())
-    if rows < num_tokens:
+    if min(sizes.values()) < num_tokens:
         raise ValueError(f"heads: expected at least num_tokens={num_tokens} rows, got {sizes}")
-    # The loop below sums a head's gradient over chunks in the type that the head has outside of it.
-    wide = {name: head[:rows].astype(jnp.float32) for name, head in heads.items()}
-
-    # The loop keeps the two passes apart by itself; a barrier against merging them would also keep
-    # the float32 copies of the heads from being optimised away.
-    @partial(jax.checkpoint, prevent_cse=False)
-    def of_chunk(inputs):
-        hidden, token = inputs
-        z = {
-            name: logits(h, wide[name].astype(heads[name].dtype), num_tokens) / temperature
-            for name, h in hidden.items()
-        }
-        return {
-            name: statistic(z[STUDENT], None if teacher is None else z[teacher], token)
-            for name, (teacher, statistic) in requests.items()
-        }
-
-    N = token.shape[0]
-    chunk = min(chunk, N)
-    in_chunks = jax.tree.map(lambda x: _split(x, chunk), (dict(hidden), token))
-    out = jax.lax.map(of_chunk, in_chunks)
-    return {name: x.swapaxes(0, 1).reshape(-1)[:N] for name, x in out.items()}
 
 
-def _split(x: Array, chunk: int) -> Array:
-    """[N, ...] -> [C, chunk, ...], C = ceil(N / chunk), zero-padded.
+def _cut(heads: Mapping[str, Array]) -> dict[str, Array]:
+    """All heads with the rows of the smallest."""
+    rows = min(len(head) for head in heads.values())
+    return {name: head[:rows] for name, head in heads.items()}
 
-    A chunk is every C-th token: where the N tokens are spread over devices, each device has its
-    share of every chunk, and none waits for another.
-    """
-    padding = [(0, -len(x) % chunk)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(chunk, -1, *x.shape[1:]).swapaxes(0, 1)
+
+def _split_rows(head: Array, mesh: Mesh) -> Array:
+    axis = "tensor" if len(head) % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(head, PartitionSpec(axis))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is not an array."""
+
+    requests: dict[str, tuple[str | None, TokenStat]]
+    num_tokens: int
+    chunk: int
+
+
+class _Inputs(NamedTuple):
+    hidden: dict[str, Array]  # [N, D]
+    heads: dict[str, Array]  # [V, D], V the same for all
+    token: Array  # i32[N]
+    temperature: Array  # f32[]
+    count: Array  # i32[], real tokens
+    chunks: Array  # i32[], chunks to compute
+
+
+def _chunks(count: Array, plan: _Plan) -> Array:
+    return -(-count // plan.chunk)
+
+
+def _of_any_length(plan: _Plan, x: _Inputs) -> dict[str, Array]:
+    """`_over_chunks` of tokens that are padded to whole chunks."""
+    N = len(x.token)
+
+    def pad(a):
+        return jnp.pad(a, [(0, -N % plan.chunk)] + [(0, 0)] * (a.ndim - 1))
+
+    padded = x._replace(hidden={n: pad(h) for n, h in x.hidden.items()}, token=pad(x.token))
+    return {name: values[:N] for name, values in _over_chunks(plan, padded).items()}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_chunks(plan: _Plan, x: _Inputs) -> dict[str, Array]:
+    """{name: f32[N]}; `plan.chunk` divides N."""
+
+    def body(i, out):
+        part = _part(plan, x, i)
+        values = _statistics(plan, plan.requests, part, _products(part))
+        return {name: _put(out[name], values[name], i) for name in out}
+
+    return _loop(plan, x, body, {name: jnp.zeros(x.token.shape) for name in plan.requests})
+
+
+class _Part(NamedTuple):
+    """A chunk of n tokens."""
+
+    hidden: dict[str, Array]  # [n, D], 0 where not real
+    heads: dict[str, Array]  # [V, D], of the hidden states' type
+    token: Array  # i32[n]
+    real: Array  # bool[n]
+    temperature: Array
+
+
+def _part(plan: _Plan, x: _Inputs, i: int | Array) -> _Part:
+    real = i * plan.chunk + jnp.arange(plan.chunk) < x.count
+    # Zeroed at the source: a NaN in padding would survive in a head's gradient as 0 * NaN.
+    hidden = {n: jnp.where(real[:, None], _take(h, i, plan.chunk), 0) for n, h in x.hidden.items()}
+    heads = {name: x.heads[name].astype(h.dtype) for name, h in hidden.items()}
+    return _Part(hidden, heads, _take(x.token, i, plan.chunk), real, x.temperature)
+
+
+def _products(part: _Part) -> dict[str, Array]:
+    return {name: _product("nd,vd->nv", h, part.heads[name]) for name, h in part.hidden.items()}
+
+
+def _statistics(
+    plan: _Plan, names: Iterable[str], part: _Part, products: dict[str, Array]
+) -> dict[str, Array]:
+    """Those of `names`, {name: f32[n]}, 0 where not real."""
+    z = {name: _mask(x, plan.num_tokens) / part.temperature for name, x in products.items()}
+    out = {}
+    for name in names:
+        teacher, statistic = plan.requests[name]
+        values = statistic(z[STUDENT], None if teacher is None else z[teacher], part.token)
+        out[name] = jnp.where(part.real, values, 0.0)
+    return out
+
+
+def _loop(plan: _Plan, x: _Inputs, body: Callable, init: Any) -> Any:
+    """`body(i, state)` for every chunk, without a loop if there is just one."""
+    with jax.named_scope("chunks"):
+        if plan.chunk == len(x.token):
+            return body(0, init)
+        return jax.lax.fori_loop(0, x.chunks, body, init)
+
+
+def _take(x: Array, i: int | Array, n: int) -> Array:
+    """Entries of chunk i."""
+    return jax.lax.dynamic_slice_in_dim(x, i * n, n)
+
+
+def _put(x: Array, part: Array, i: int | Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * len(part), axis=0)
+
+
+def _forward(plan, primals):
+    x = jax.tree.map(lambda p: p.value, primals, is_leaf=lambda p: isinstance(p, CustomVJPPrimal))
+    # Names, as keys, of what a gradient is wanted of.
+    wanted = tuple(
+        {name: None for name, primal in tree.items() if primal.perturbed}
+        for tree in (primals.hidden, primals.heads)
+    )
+    if plan.chunk < len(x.token):
+        return _over_chunks(plan, x), (x, wanted, None)
+    part = _part(plan, x, 0)
+    z = _products(part)
+    return _statistics(plan, plan.requests, part, z), (x, wanted, z)
+
+
+def _backward(plan, kept, cotangents):
+    x, (of_hidden, of_heads), kept_z = kept
+    cotangents = {n: ct for n, ct in cotangents.items() if not isinstance(ct, SymbolicZero)}
+
+    def body(i, sums):
+        to_hidden, to_heads = sums
+        part = _part(plan, x, i)
+        z = _products(part) if kept_z is None else kept_z
+
+        def statistics(z_wanted):
+            return _statistics(plan, cotangents, part, z | z_wanted)
+
+        _, vjp = jax.vjp(statistics, {name: z[name] for name in of_hidden | of_heads})
+        (to_z,) = vjp({name: _take(ct, i, plan.chunk) for name, ct in cotangents.items()})
+        for name in of_hidden:
+            g = _to_hidden(to_z[name], part.heads[name])
+            to_hidden = to_hidden | {name: _put(to_hidden[name], g, i)}
+        for name in of_heads:
+            h = part.hidden[name]
+            g = _product("nv,nd->vd", to_z[name].astype(h.dtype), h)
+            to_heads = to_heads | {name: to_heads[name] + g}
+        return to_hidden, to_heads
+
+    zeros = (
+        {name: jnp.zeros_like(x.hidden[name]) for name in of_hidden},
+        {name: jnp.zeros(x.heads[name].shape) for name in of_heads},
+    )
+    to_hidden, to_heads = _loop(plan, x, body, zeros)
+    to_heads = {name: g.astype(x.heads[name].dtype) for name, g in to_heads.items()}
+    hidden, heads = dict.fromkeys(x.hidden) | to_hidden, dict.fromkeys(x.heads) | to_heads
+    return (_Inputs(hidden, heads, None, None, None, None),)
+
+
+def _to_hidden(to_z: Array, head: Array) -> Array:
+    """Gradient of hidden states, f32[n, D], from that of logits, f32[n, V]."""
+    product = partial(_product, "nv,vd->nd")
+    if head.dtype == jnp.float32:
+        return product(to_z, head)
+    # A few large terms cancel, and bfloat16's rounding of them does not. What it takes away goes
+    # through a second product. (XLA would simplify the difference to a cast there and back to 0.)
+    rest = to_z - jax.lax.reduce_precision(to_z, exponent_bits=8, mantissa_bits=7)
+    return product(to_z.astype(head.dtype), head) + product(rest.astype(head.dtype), head)
+
+
+_over_chunks.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -399,7 +399,7 @@ def test_the_teacher_scores_the_very_ids_that_were_sampled(tokenizer):
     requests = {"logp": ("t", stats.teacher_log_prob)}
     batch = Batch(rollouts, {"t": hints})
     configs = {STUDENT: config, "t": config}
-    part = in_one(batch)
+    part = in_one(batch, tokens=256)
     got = jax.jit(
         lambda p: token_stats(requests, p, {"t": p}, batch, part, configs, 1.0, Compute())
     )(params)

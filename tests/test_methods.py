@@ -734,7 +734,7 @@ def test_truncated_rows_count_in_their_group_only(name):
     assert not credit.adv_t[truncated].any()
     batch = batch_of(case, make(name))
     np.testing.assert_array_equal(batch.rollouts.reward, case.correct)
-    np.testing.assert_allclose(weigh(make(name), batch).weight_t[~truncated], 1 / 24, rtol=1e-6)
+    np.testing.assert_allclose(weigh(make(name), batch, 1).weight_t[~truncated], 1 / 24, rtol=1e-6)
     A = base.advantage(batch)
     np.testing.assert_allclose(A[4:8], [1.499997] + [-0.499999] * 3, rtol=1e-6)
 
@@ -854,7 +854,7 @@ def test_dr_grpo_divides_by_the_budget_and_not_by_lengths():
     np.testing.assert_allclose(of_ten, loss * T / 10, rtol=1e-6)
     np.testing.assert_array_equal(same_credit.adv_t, credit.adv_t)
     np.testing.assert_allclose(credit.adv_t[8:12, 0], [0.75, -0.25, -0.25, -0.25], rtol=1e-6)
-    weight_t = weigh(make("dr_grpo"), batch_of(case, make("dr_grpo"))).weight_t
+    weight_t = weigh(make("dr_grpo"), batch_of(case, make("dr_grpo")), 1).weight_t
     np.testing.assert_allclose(weight_t[case.mask], 1 / (15 * T), rtol=1e-6)
 
 

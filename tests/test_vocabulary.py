@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_sd import stats
-from jaxrl_sd.vocabulary import MASKED, STUDENT, chunked, logits
+from jaxrl_sd import hlo, stats
+from jaxrl_sd.sharding import make_mesh, of_state
+from jaxrl_sd.vocabulary import MASKED, STUDENT, chunked, chunked_streams, logits
 
 # Every statistic again, as plain formulas for float64: (log_q [N, V], log_p [N, V], token) -> [N].
 
@@ -356,22 +357,92 @@ def test_a_sum_in_bfloat16_would_be_seen():
     assert error_of_head_gradient(total) > 10 * TOLERANCE
 
 
+def test_a_float32_head_of_bfloat16_hidden_states_is_rounded_but_not_its_gradient():
+    hidden, heads, token = small(dtype=jnp.bfloat16)
+    masters = {name: head.astype(jnp.float32) for name, head in heads.items()}
+    *got, to_masters = evaluate(hidden, masters, token)
+    *want, to_heads = evaluate(hidden, heads, token)
+    assert_close(got, want)
+    assert_close(to_masters, to_heads, 2**-8)
+    for gradient in to_masters.values():
+        assert gradient.dtype == jnp.float32
+        assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
+
+
+# Padding at the end.
+
+
+def cut(count, hidden, heads, token, chunk):
+    """Values and gradients of `evaluate` with a count."""
+
+    def total(hidden, heads, count):
+        options = {"num_tokens": NUM_TOKENS, "temperature": 1.0, "chunk": chunk, "count": count}
+        out = chunked(REQUESTS, hidden, heads, token, **options)
+        weight = jnp.cos(jnp.arange(token.size))
+        return sum(jnp.sum(x * weight) for x in out.values()), out
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (_, out), gradients = run(hidden, heads, count)
+    return out, *gradients
+
+
+@pytest.mark.parametrize("chunk", [3, 99])
+@pytest.mark.parametrize("count", [0, 4, 6, 10])
+def test_tokens_behind_the_count_are_nothing(count, chunk):
+    hidden, heads, token = small()
+    hidden = {name: h / 8 for name, h in hidden.items()}  # small logits: programs round differently
+    unreal = {name: h.at[count:].set(jnp.nan) for name, h in hidden.items()}
+    out, to_hidden, to_heads = cut(jnp.int32(count), unreal, heads, token, chunk)
+    if count == 0:
+        assert not any(x.any() for x in jax.tree.leaves((out, to_hidden, to_heads)))
+        return
+    first = {name: h[:count] for name, h in hidden.items()}
+    want = cut(None, first, heads, token[:count], 3)
+    of_first = [{name: x[:count] for name, x in tree.items()} for tree in (out, to_hidden)]
+    assert_close((*of_first, to_heads), want)
+    of_rest = [{name: x[count:] for name, x in tree.items()} for tree in (out, to_hidden)]
+    assert not any(x.any() for x in jax.tree.leaves(of_rest))
+
+
+@pytest.mark.parametrize(("count", "chunks"), [(0, 0), (1, 1), (4, 2), (10, 4)])
+def test_chunks_behind_the_count_are_not_computed(count, chunks):
+    hidden, heads, token = small()
+    calls = []
+
+    def counted(student_logits, teacher_logits, token):
+        jax.debug.callback(lambda: calls.append(1))
+        return stats.log_prob(student_logits, teacher_logits, token)
+
+    @jax.jit
+    def run(h, count):
+        def values(h):
+            options = {"num_tokens": NUM_TOKENS, "temperature": 1.0, "chunk": 3, "count": count}
+            head = {STUDENT: heads[STUDENT]}
+            return chunked({"": (None, counted)}, {STUDENT: h}, head, token, **options)[""]
+
+        out, vjp = jax.vjp(values, h)
+        return out, vjp(jnp.ones_like(out))
+
+    jax.block_until_ready(run(hidden[STUDENT], jnp.int32(count)))
+    jax.effects_barrier()
+    assert len(calls) == 2 * chunks
+
+
 # What runs on the devices.
 
 
-def lower(n, dtype, chunk, sharding=lambda *axes: None):
-    """The program for the gradients of a KL to hidden states and head, V = 4096."""
+def lower(n, dtype, chunk, argnums=(0, 1), stat=stats.forward_kl, V=4096, D=64):
+    """The program for the gradients of a statistic to hidden states and heads."""
 
     def total(hidden, head, hidden_teacher, head_teacher, token):
         hidden = {STUDENT: hidden, "teacher": hidden_teacher}
         heads = {STUDENT: head, "teacher": head_teacher}
-        request, options = {"": ("teacher", stats.forward_kl)}, {"temperature": 1.0, "chunk": chunk}
-        return chunked(request, hidden, heads, token, num_tokens=4000, **options)[""].sum()
+        request, options = {"": ("teacher", stat)}, {"temperature": 1.0, "chunk": chunk}
+        return chunked(request, hidden, heads, token, num_tokens=V - 96, **options)[""].sum()
 
-    hidden = jax.ShapeDtypeStruct((n, 64), dtype, sharding=sharding("data"))
-    head = jax.ShapeDtypeStruct((4096, 64), dtype, sharding=sharding("tensor"))
-    token = jax.ShapeDtypeStruct((n,), jnp.int32, sharding=sharding("data"))
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+    hidden, head = jax.ShapeDtypeStruct((n, D), dtype), jax.ShapeDtypeStruct((V, D), dtype)
+    token = jax.ShapeDtypeStruct((n,), jnp.int32)
+    gradient = jax.jit(jax.grad(total, argnums=argnums))
     return gradient.lower(hidden, head, hidden, head, token)
 
 
@@ -387,35 +458,171 @@ def test_logits_of_all_tokens_never_exist():
     assert megabytes(chunk=512) > block
 
 
+def test_memory_is_that_of_the_heads_gradient_and_two_chunks():
+    """At the size of a real model; more tokens cost two float32 [N, D]."""
+    D, chunk = 1024, 512
+
+    def temporary(n):
+        program = lower(n, jnp.bfloat16, chunk, stat=stats.reverse_kl, V=V, D=D)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporary(1024), temporary(16384)
+    assert many < 1.5 * (4 * V * D + 2 * 4 * chunk * V)
+    assert many - few < 1.01 * 2 * 4 * (16384 - 1024) * D
+
+
+def products(dtype, chunk=16, **options):
+    text = lower(64, dtype, chunk, **options).as_text()
+    return [line for line in text.splitlines() if "dot_general" in line]
+
+
 def test_only_float32_asks_for_slow_and_precise_products():
-    def products(dtype):
-        text = lower(64, dtype, 16).as_text()
-        return [line for line in text.splitlines() if "dot_general" in line]
-
-    assert len(products(jnp.float32)) == len(products(jnp.bfloat16)) == 4
+    # Logits of student and teacher, then gradients of hidden states and head.
+    assert len(products(jnp.float32)) == 4
     assert all("[HIGHEST, HIGHEST]" in line for line in products(jnp.float32))
+    # One more for the bits that the gradient of the logits loses as a factor.
+    assert len(products(jnp.bfloat16)) == 5
     assert all("[DEFAULT, DEFAULT]" in line for line in products(jnp.bfloat16))
-    # Forwards for student and teacher; backwards the gradient to the logits is float32.
-    assert sum("bf16" in line and line.endswith("xf32>") for line in products(jnp.bfloat16)) == 2
+    assert all("bf16" in line and line.endswith("xf32>") for line in products(jnp.bfloat16))
 
 
-@pytest.fixture(scope="module")
-def sharding():
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    return lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+@pytest.mark.parametrize(
+    ("argnums", "expected"), [((0,), 3), ((1,), 3), ((0, 1), 4), ((2,), 3), ((0, 1, 2, 3), 6)]
+)
+def test_only_what_is_asked_for_is_computed(argnums, expected):
+    assert len(products(jnp.float32, argnums=argnums)) == expected
 
 
-def test_eight_devices_compute_the_same(sharding):
-    hidden, heads, token = small(40)
-    heads = {name: jnp.pad(x, ((0, 1008 - len(x)), (0, 0))) for name, x in heads.items()}
-    options = {"chunk": 12, "requests": REQUESTS | TOP_K}
-    want = evaluate(hidden, heads, token, **options)
-    hidden, token = jax.device_put((hidden, token), sharding("data"))
-    got = evaluate(hidden, jax.device_put(heads, sharding("tensor")), token, **options)
+def test_logits_of_a_single_chunk_are_kept():
+    assert len(products(jnp.float32, chunk=64)) == 4
+
+    def logits_are_computed(chunk):
+        hidden, heads, token = small()
+
+        def values(hidden):
+            options = {"num_tokens": NUM_TOKENS, "temperature": 1.0, "chunk": chunk}
+            return chunked({"": (None, stats.entropy)}, hidden, heads, token, **options)[""]
+
+        jaxpr = str(jax.make_jaxpr(lambda h: jax.vjp(values, h)[1](token * 1.0))(hidden))
+        return jaxpr.count("dot_general")
+
+    assert logits_are_computed(chunk=99) < logits_are_computed(chunk=3)
+
+
+def test_a_statistic_without_gradient_is_not_differentiated():
+    @jax.custom_vjp
+    def score(student_logits):
+        return student_logits[..., 0]
+
+    def refuse(kept, ct):
+        raise AssertionError("differentiated")
+
+    score.defvjp(lambda z: (score(z), None), refuse)
+    hidden, heads, token = small()
+    requests = {"score": (None, lambda z, _, token: score(z)), "logp": (None, stats.log_prob)}
+
+    def total(hidden):
+        options = {"num_tokens": NUM_TOKENS, "temperature": 1.0, "chunk": 3}
+        out = chunked(requests, hidden, heads, token, **options)
+        return jnp.sum(out["logp"] * jax.lax.stop_gradient(out["score"]))
+
+    assert jax.grad(total)(hidden)[STUDENT].any()
+
+
+# Streams on a mesh.
+
+ALL = {name: ("teacher", stat) for name, (stat, _) in STATS.items()}
+
+
+def stream_program(mesh, requests, num_tokens, chunk):
+    """Values, and gradients of a weighted sum of them, of streams; on no mesh, one by one."""
+    options = {"num_tokens": num_tokens, "temperature": 2.0, "chunk": chunk}
+
+    def values(hidden, heads, token, count):
+        if mesh is not None:
+            return chunked_streams(requests, hidden, heads, token, count, mesh=mesh, **options)
+        streams = [
+            chunked(
+                requests, {n: h[i] for n, h in hidden.items()}, heads, token[i], **options, count=c
+            )
+            for i, c in enumerate(count)
+        ]
+        return jax.tree.map(lambda *x: jnp.stack(x), *streams)
+
+    def total(hidden, heads, token, count):
+        out = values(hidden, heads, token, count)
+        weight = jnp.cos(jnp.arange(token.size)).reshape(token.shape)
+        return sum(jnp.sum(x * weight) for x in out.values()), out
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+
+def on(mesh, hidden, heads, token, count):
+    """The same arrays, or their shapes, where training has them."""
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    of_heads = {n: of_state({"head": head}, mesh)["head"] for n, head in heads.items()}
+    return (dict.fromkeys(hidden, rows), of_heads, rows, rows), (hidden, heads, token, count)
+
+
+@pytest.mark.parametrize("rows", [1008, 1003])
+def test_streams_on_a_mesh_equal_those_of_one_device(rows):
+    """Vocabularies that the devices can share, and that they cannot."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    hidden = {name: 2 * draw(4, 10, 16) for name in (STUDENT, "teacher")}
+    heads = {STUDENT: draw(rows, 16), "teacher": draw(rows + 8, 16)}
+    token = jnp.arange(40, dtype=jnp.int32).reshape(4, 10) * 61 % NUM_TOKENS
+    arrays = hidden, heads, token, jnp.array([10, 4, 0, 7], jnp.int32)
+    requests = {name: ALL[name] for name in ALL if "0.1" not in name and "0.9" not in name}
+    want = stream_program(None, requests, NUM_TOKENS, chunk=4)(*arrays)
+    shardings, arrays = on(mesh, *arrays)
+    got = stream_program(mesh, requests, NUM_TOKENS, chunk=4)(*jax.device_put(arrays, shardings))
     assert_close(got, want)
 
 
-def test_eight_devices_share_the_work_of_every_chunk(sharding):
-    one = lower(512, jnp.float32, 64).compile().cost_analysis()["flops"]
-    eight = lower(512, jnp.float32, 64, sharding).compile().cost_analysis()["flops"]
-    assert eight < one / 6
+def communicated(mesh, requests, V, D, N, chunk):
+    """Elements of the result of each collective: (inside loops, outside, by kind)."""
+    R = mesh.shape["data"] * mesh.shape["fsdp"]
+    shape = jax.ShapeDtypeStruct
+    hidden = {name: shape((R, N, D), jnp.float32) for name in (STUDENT, "teacher")}
+    heads = {name: shape((V, D), jnp.float32) for name in hidden}
+    arrays = hidden, heads, shape((R, N), jnp.int32), shape((R,), jnp.int32)
+    shardings, arrays = on(mesh, *arrays)
+    placed = jax.tree.map(lambda a, s: shape(a.shape, a.dtype, sharding=s), arrays, shardings)
+    program = stream_program(mesh, requests, V - 96, chunk).lower(*placed).compile()
+    computations, entry = hlo.parse(program.as_text())
+    found = [
+        (name == entry, x.opcode.removesuffix("-start"), a.size)
+        for name, instructions in computations.items()
+        for x in instructions.values()
+        if x.opcode.removesuffix("-start") in hlo.COLLECTIVES
+        for a in x.arrays
+    ]
+    inside = [size for in_entry, _, size in found if not in_entry]
+    return inside, [(kind, size) for in_entry, kind, size in found if in_entry]
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8), (1, 8, 1), (8, 1, 1)])
+def test_logits_stay_where_they_are_and_gradients_are_added_up_once(shape):
+    V, D, N, chunk, mesh = 4096, 64, 96, 32, make_mesh(*shape)
+    data, fsdp, tensor = shape
+    names = ("log_prob_gap", "entropy", "reverse_kl", "reverse_kl_student_tail")
+    inside, outside = communicated(mesh, {name: ALL[name] for name in names}, V, D, N, chunk)
+    # A few numbers a token; the largest are hidden states' gradients and candidates of a top-k.
+    assert max(inside, default=0) <= chunk * max(D, 100 * tensor)
+    assert bool(inside) == (tensor > 1)
+    share = V * D // tensor
+    assert sum(kind == "all-gather" for kind, size in outside if size >= share // 2) == 2 * (
+        fsdp > 1
+    )
+    of_gradients = [size for kind, size in outside if kind != "all-gather" and size >= share // 2]
+    assert sum(of_gradients) == 2 * share * (data * fsdp > 1)
+
+
+def test_a_number_of_streams_that_the_mesh_does_not_have_is_refused():
+    hidden, heads, token = small()
+    options = {"num_tokens": NUM_TOKENS, "temperature": 1.0, "chunk": 3}
+    streams = {name: h[None] for name, h in hidden.items()}
+    with pytest.raises(ValueError, match=r"token: expected 2 streams, .*, got 1"):
+        mesh = make_mesh(data=2, fsdp=1, tensor=4)
+        count = jnp.array([10])
+        chunked_streams(REQUESTS, streams, heads, token[None], count, mesh=mesh, **options)
