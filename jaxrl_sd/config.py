@@ -77,6 +77,8 @@ def default() -> ConfigDict:
     config.rollout.top_k = 0  # 0: the whole vocabulary
     config.rollout.top_p = 1.0
     config.rollout.presence_penalty = 0.0  # off the logits of tokens that the response has
+    config.rollout.slots = 0  # prompts that are decoded at a time, the others wait; 0: all
+    config.rollout.lanes = 0  # samples of each of them that are decoded at a time; 0: all
     config.rollout.max_rounds = 10  # of P prompts a step, for methods that drop groups
 
     config.optimizer = ConfigDict()  # AdamW
@@ -97,8 +99,8 @@ def default() -> ConfigDict:
     config.importance.cap = 2.0
 
     config.compute = ConfigDict()
-    config.compute.tokens = 2048  # of the student that a device computes at a time, see packing
-    config.compute.chunk = 2048  # of these, tokens whose logits exist at a time
+    config.compute.tokens = 512  # of the student that a device computes at a time, see packing
+    config.compute.chunk = 512  # of these, tokens whose logits exist at a time
     config.compute.dtype = "float32"  # or bfloat16: of weights and activations in forward passes
     config.compute.remat = "none"  # what backward passes compute again, see model.REMAT
 
@@ -282,7 +284,7 @@ AT_LEAST_1 = """
 """
 AT_LEAST_0 = """
     seed data.seed data.num_train data.num_test rollout.top_k rollout.temperature lora.rank
-    optimizer.warmup_steps
+    rollout.slots rollout.lanes optimizer.warmup_steps
 """
 MORE_THAN_0 = """
     optimizer.learning_rate optimizer.clip_norm optimizer.eps importance.cap lora.alpha
@@ -318,7 +320,8 @@ def _check_ranges(config: ConfigDict) -> None:
     policies = tuple(REMAT)
     _expect(config, "compute.remat", lambda x: x in policies, f"one of {policies}")
     split = config.mesh.data * config.mesh.fsdp
-    _expect(config, "rollout.prompts", lambda x: x % split == 0, f"a multiple of {split} devices")
+    for field in ("rollout.prompts", "rollout.slots"):
+        _expect(config, field, lambda x: x % split == 0, f"a multiple of {split} devices")
 
 
 def _check_sizes(config: ConfigDict) -> None:

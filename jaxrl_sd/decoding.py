@@ -8,11 +8,13 @@ heads, K key-value heads, R = Q / K, H head size.
 """
 
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl_sd import model
 from jaxrl_sd.attention import attention
 from jaxrl_sd.model import Compute, ModelConfig, block, cast, rms_norm
 from jaxrl_sd.sharding import constrain
@@ -35,8 +37,11 @@ Cache = list[LayerCache]
 def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
     """Parameters as this module takes them: in `compute.dtype`, a list of layers."""
     params = cast(params, compute.dtype)
-    layers = [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(config.num_layers)]
-    return {**params, "layers": layers}
+    layers = [jax.tree.map(itemgetter(i), params["layers"]) for i in range(config.num_layers)]
+    # A sum over parts of the hidden side would exchange whole logits for every token.
+    place = partial(constrain, axes=("ids", "features"), mesh=compute.mesh)
+    tables = {name: place(params[name]) for name in ("embed", "head") if name in params}
+    return {**params, **tables, "layers": layers}
 
 
 def prefill(
@@ -142,6 +147,15 @@ def decode(
         x = place(x)
         kept.append(new)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), kept
+
+
+def logits(params: Params, hidden: Array, config: ModelConfig, compute: Compute) -> Array:
+    """float32 logits [U, N, V] of hidden states [U, N, D]."""
+    hidden = constrain(hidden, ("replicas", "lanes", "features"), compute.mesh)
+    out = constrain(
+        model.logits(params, hidden, config), ("replicas", "lanes", "ids"), compute.mesh
+    )
+    return constrain(out, ("rows", "lanes", "vocabulary"), compute.mesh)
 
 
 def _attend(q, k, v, cache: LayerCache, column, seen, compute):

@@ -79,6 +79,9 @@ class Compute:
     mesh: Mesh | None = None  # None is one device
 
 
+PLAIN = Compute()
+
+
 def param_shapes(config: ModelConfig) -> dict:
     """Shape of every parameter of the base model, in the tree that all functions here take."""
     c, L, D, H = config, config.num_layers, config.hidden_size, config.head_dim
@@ -261,7 +264,7 @@ def response_hidden(
     prompt_length: Array,
     response: Array,
     config: ModelConfig,
-    compute: Compute = Compute(),
+    compute: Compute = PLAIN,
 ) -> Array:
     """Hidden states that predict each response token, for rows that share nothing.
 

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_sd import decoding, model, sharding
-from jaxrl_sd.model import Compute, ModelConfig
+from jaxrl_sd import decoding, sharding
+from jaxrl_sd.model import PLAIN, Compute, ModelConfig
 from jaxrl_sd.types import Array, Params
 from jaxrl_sd.vocabulary import MASKED
 
@@ -83,7 +83,7 @@ def sample(
     group_size: int,
     sampling: SamplingConfig,
     config: ModelConfig,
-    compute: Compute = Compute(),
+    compute: Compute = PLAIN,
 ) -> Samples:
     """Draws `group_size` responses to each prompt.
 
@@ -114,12 +114,10 @@ def sample(
         if full:
             state = grow(state, columns=min(2 * _columns(state), T), compute=compute)
         elif refill:
-            new = np.arange(at_a_time)
-            free = np.append(np.flatnonzero(free)[:refill], [slots] * (at_a_time - refill))
-            numbers = np.minimum(P - waiting + new, P - 1)
-            state = fill(
-                params, state, prompt, prompt_length, numbers, free, width=width, **static
-            )
+            new = np.minimum(P - waiting + np.arange(at_a_time), P - 1)
+            places = np.full(at_a_time, slots)  # none
+            places[:refill] = np.flatnonzero(free)[:refill]
+            state = fill(params, state, prompt, prompt_length, new, places, width=width, **static)
             waiting -= refill
         else:
             return state.samples
@@ -268,7 +266,12 @@ def advance(
 
     state = jax.lax.while_loop(going, step, state)
     free, full = look(state)
-    return state, sharding.constrain(free, ("slots",), compute.mesh), full
+    # Whole on every device, for every host to read.
+    return (
+        state,
+        sharding.constrain(free, ("slots",), compute.mesh),
+        sharding.constrain(full, (), compute.mesh),
+    )
 
 
 def _step(
@@ -282,7 +285,7 @@ def _step(
     """A token in every lane."""
     P, G, T = state.samples.response.shape
     row, t, seen = state.prompt[:, None] * G + state.sample, state.t, state.seen
-    logits = model.logits(params, state.hidden, config)
+    logits = decoding.logits(params, state.hidden, config, compute)
     penalised = logits if seen is None else logits - sampling.presence_penalty * seen
     token, logp, behaviour_logp = _draw(_keys(key, row, t), logits, penalised, sampling)
     stopped = jnp.isin(token, jnp.array(sampling.stop_ids, jnp.int32))
@@ -294,15 +297,10 @@ def _step(
     if seen is not None:
         seen = (seen | jax.nn.one_hot(token, seen.shape[-1], dtype=bool)) & ~ended[..., None]
     # There is no prompt P: what an idle lane draws is dropped.
-    place = jnp.where(busy, state.prompt[:, None], P), state.sample
-    old = state.samples
-    samples = Samples(
-        response=old.response.at[*place, t].set(token, mode="drop"),
-        length=old.length.at[place].set(t + 1, mode="drop"),
-        truncated=old.truncated.at[place].set(~stopped, mode="drop"),
-        logp_t=old.logp_t.at[*place, t].set(logp, mode="drop"),
-        behaviour_logp_t=old.behaviour_logp_t.at[*place, t].set(behaviour_logp, mode="drop"),
-    )
+    number = jnp.where(busy, state.prompt[:, None], P)
+    drawn = number, state.sample, t, token, stopped, logp, behaviour_logp
+    # Gathered here, so that every device has all and writes the rows that are its own.
+    drawn = [sharding.constrain(x, ("slots", "lanes"), compute.mesh) for x in drawn]
     following = state.sample.max(axis=-1, keepdims=True) + jnp.cumsum(ended, axis=-1)
     return state.replace(
         cache=cache,
@@ -311,7 +309,22 @@ def _step(
         t=jnp.where(ended, 0, t + 1),
         hidden=jnp.where(ended[..., None], state.first[:, None], hidden),
         seen=seen,
-        samples=samples,
+        samples=_write(state.samples, *drawn),
+    )
+
+
+def _write(samples, prompt, sample, t, token, stopped, logp, behaviour_logp) -> Samples:
+    """Puts tokens number t of some samples, all [U, N], into their places."""
+
+    def put(old, new, *place):
+        return old.at[prompt, sample, *place].set(new, mode="drop")
+
+    return Samples(
+        response=put(samples.response, token, t),
+        length=put(samples.length, t + 1),
+        truncated=put(samples.truncated, ~stopped),
+        logp_t=put(samples.logp_t, logp, t),
+        behaviour_logp_t=put(samples.behaviour_logp_t, behaviour_logp, t),
     )
 
 

@@ -20,7 +20,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # Logical axis -> mesh axes. An axis that is not named here is not split.
 RULES = {
     "rows": ("data", "fsdp"),
-    "replicas": ("data",),  # rows of an array whose hidden side is split
+    "replicas": ("data",),  # rows of an array that is split over fsdp along another axis
+    "ids": ("tensor", "fsdp"),  # a vocabulary whose hidden side is whole
     "hidden": ("fsdp",),
     "heads": ("tensor",),
     "feed_forward": ("tensor",),

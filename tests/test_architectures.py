@@ -112,15 +112,19 @@ def at_once(params, config, prompt, length, response):
     )
 
 
-def step_by_step(params, config, prompt, length, response):
-    last, cache = decoding.prefill(params, prompt, length, 1, T, config)
+def step_by_step(params, config, compute, prompt, length, response):
+    params = decoding.unstack(params, config, compute)
+    last, prompts = decoding.prefill(params, prompt, length, config, compute)
+    cache = decoding.empty_cache(len(prompt), 1, prompt.shape[1], T, config, compute)
+    cache = decoding.fill(cache, jnp.arange(len(prompt)), prompts, compute)
     hidden = [last[:, None]]
     for t in range(T - 1):
+        steps = jnp.full((len(prompt), 1), t)
         state, cache = decoding.decode(
-            params, response[:, None, t], jnp.int32(t), length, cache, config
+            params, response[:, None, t], steps, length, cache, jnp.int32(t), config, compute
         )
         hidden.append(state)
-    return model.logits(params, jnp.concatenate(hidden, axis=1), config)
+    return decoding.logits(params, jnp.concatenate(hidden, axis=1), config, compute)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -142,7 +146,8 @@ def test_logits_equal_transformers(torch_models, tmp_path, name):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params, config = weights.load(tmp_path, mesh)
     batch = jax.device_put(batch, sharding.of_rows(mesh))
-    got = jax.jit(step_by_step, static_argnums=1)(params, config, *batch)
+    compute = model.Compute(mesh=mesh)
+    got = jax.jit(step_by_step, static_argnums=(1, 2))(params, config, compute, *batch)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
 
     from transformers import AutoModelForCausalLM

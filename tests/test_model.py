@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_sd import decoding, model, rope
+from jaxrl_sd import model, rope
 
 CONFIG = model.ModelConfig(
     vocab_size=32,
@@ -72,8 +72,6 @@ def rows():
 
 
 response_hidden = jax.jit(model.response_hidden, static_argnames="config")
-prefill = jax.jit(decoding.prefill, static_argnums=(3, 4, 5))
-decode = jax.jit(decoding.decode, static_argnames="config")
 init_params = jax.jit(model.init_params, static_argnums=1)
 init_adapter = jax.jit(model.init_adapter, static_argnums=1)
 
@@ -83,30 +81,6 @@ def flat_hidden(params, rows, config=CONFIG, S=S, pad=PAD):
     prompt = np.repeat(left_pad(prompts, S, pad), G, axis=0)
     length, response = np.repeat(LENGTH, G), responses.reshape(P * G, T)
     return response_hidden(params, prompt, length, response, config=config)
-
-
-def test_prefill_and_decode_equal_the_whole_sequence(params, rows):
-    prompts, responses = rows
-    want = flat_hidden(params, rows).reshape(P, G, T, -1)
-    last, cache = prefill(params, left_pad(prompts, S), LENGTH, G, T, CONFIG)
-    got = [jnp.broadcast_to(last[:, None], (P, G, CONFIG.hidden_size))]
-    for t in range(T - 1):
-        hidden, cache = decode(
-            params, responses[:, :, t], jnp.int32(t), LENGTH, cache, config=CONFIG
-        )
-        got.append(hidden)
-    np.testing.assert_allclose(jnp.stack(got, axis=2), want, rtol=0, atol=1e-5)
-    assert jnp.abs(want[:, 0, 1:] - want[:, 1, 1:]).max() > 0.1  # the group's rows do differ
-
-
-def test_decode_sees_its_past_and_not_what_the_cache_held_before(params, rows):
-    """A cache that is filled again, from t = 0, gives what a fresh one gives."""
-    prompts, responses = rows
-    _, cache = prefill(params, left_pad(prompts, S), LENGTH, G, T, CONFIG)
-    fresh, _ = decode(params, responses[:, :, 0], jnp.int32(0), LENGTH, cache, config=CONFIG)
-    used = cache.replace(response_k=cache.response_k + 5, response_v=cache.response_v + 5)
-    again, _ = decode(params, responses[:, :, 0], jnp.int32(0), LENGTH, used, config=CONFIG)
-    np.testing.assert_array_equal(again, fresh)
 
 
 @pytest.fixture(scope="module")

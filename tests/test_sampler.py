@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_sd import decoding, model, sampler, vocabulary
-from jaxrl_sd.model import ModelConfig
+from jaxrl_sd import decoding, model, sampler, sharding, vocabulary
+from jaxrl_sd.model import Compute, ModelConfig
 from jaxrl_sd.sampler import SamplingConfig
 
 P, G, S, T, V = 3, 4, 6, 7, 13
@@ -31,10 +31,16 @@ def prompt():
     )
 
 
-def draw(params, prompt, sampling=PLAIN, key=0, group_size=G):
-    key = jax.random.key(key)
+def draw(params, prompt, sampling=PLAIN, key=0, group_size=G, length=LENGTH, compute=sampler.PLAIN):
     return sampler.sample(
-        params, key, prompt, LENGTH, group_size=group_size, sampling=sampling, config=CONFIG
+        params,
+        jax.random.key(key),
+        prompt,
+        length,
+        group_size=group_size,
+        sampling=sampling,
+        config=CONFIG,
+        compute=compute,
     )
 
 
@@ -161,19 +167,143 @@ def test_a_stop_token_that_is_also_the_pad_counts_once(params, prompt):
     assert (samples.length == 1).all() and not samples.truncated.any()
 
 
-def test_stops_when_every_row_has_stopped(params, prompt, monkeypatch):
-    steps = []
-    decode = decoding.decode
+@pytest.fixture
+def steps(monkeypatch):
+    """Grows by 1 with every token that is decoded by what is compiled from now on."""
+    steps, decode = [], decoding.decode
 
     def counted(*args):
         jax.debug.callback(lambda: steps.append(1))
         return decode(*args)
 
     monkeypatch.setattr(decoding, "decode", counted)
+    return steps
+
+
+def test_stops_when_every_row_has_stopped(params, prompt, steps):
     sampling = replace(PLAIN, stop_ids=tuple(range(V)), max_response=T + 1)  # a fresh compilation
     draw(params, prompt, sampling).length.block_until_ready()
     jax.effects_barrier()
     assert len(steps) == 1
+
+
+def test_a_lane_that_stopped_makes_room_and_then_its_slot(params, prompt, steps, monkeypatch):
+    """Responses of one token: 2 slots of 3 lanes draw 3 x 4 of them in 4 steps, not in 12."""
+    rounds, advance = [], sampler.advance
+    monkeypatch.setattr(sampler, "advance", lambda *a, **k: rounds.append(1) or advance(*a, **k))
+    everything = tuple(range(V))
+    sampling = replace(PLAIN, stop_ids=everything, max_response=T + 1, slots=2, lanes=3)
+    samples = draw(params, prompt, sampling)
+    assert (samples.length == 1).all() and not samples.truncated.any()
+    jax.effects_barrier()
+    assert len(steps) == 2 * 2  # two prompts at once, then the third: 3 samples and the 4th each
+    assert len(rounds) == 2  # and no more often does the host look
+
+
+LONG = replace(PLAIN, max_response=23, stop_ids=(1,), presence_penalty=0.3, top_p=0.95)
+
+
+@pytest.mark.parametrize(("slots", "lanes"), [(1, 0), (2, 3), (0, 1)])
+def test_responses_do_not_depend_on_the_schedule(params, prompt, slots, lanes):
+    want = draw(params, prompt, LONG)
+    got = draw(params, prompt, replace(LONG, slots=slots, lanes=lanes))
+    assert len(set(np.asarray(want.length).ravel().tolist())) > 3
+    compare(got, want)
+
+
+def compare(got, want):
+    for name in ("response", "length", "truncated"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+    for name in ("logp_t", "behaviour_logp_t"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=0, atol=1e-5)
+
+
+def test_responses_do_not_depend_on_widths(params, prompt, monkeypatch):
+    """Prompts are cut to the longest, and the cache grows as the responses do."""
+    short, length = prompt[1:], LENGTH[1:]
+    sampling = replace(LONG, slots=1, lanes=2)
+    want = draw(params, short, sampling, length=length)
+    monkeypatch.setattr(sampler, "NARROWEST", 2)
+    widths, fill, grow = [], sampler.fill, sampler.grow
+
+    def seen_fill(*args, **kwargs):
+        widths.append(kwargs["width"])
+        return fill(*args, **kwargs)
+
+    def seen_grow(state, columns, **kwargs):
+        widths.append(columns)
+        return grow(state, columns=columns, **kwargs)
+
+    monkeypatch.setattr(sampler, "fill", seen_fill)
+    monkeypatch.setattr(sampler, "grow", seen_grow)
+    sampling = replace(sampling, pad_id=2)  # a fresh compilation
+    drawn = np.arange(LONG.max_response) < want.length[..., None]
+    compare(
+        draw(params, short, sampling, length=length),
+        want.replace(response=jnp.where(drawn, want.response, 2)),
+    )
+    assert set(widths) == {4, 6, 12, 23}  # of 6; and 3 columns, doubled
+
+
+def test_widths_are_few_and_wide_enough():
+    widths = {n: sampler.prompt_width(n, 1000) for n in range(1, 1001)}
+    assert sorted(set(widths.values())) == [250, 500, 750, 1000]
+    assert all(n <= width < n + 250 for n, width in widths.items())
+    assert sampler.prompt_width(3, 12) == 12
+    assert [sampler.first_columns(T) for T in (24, 64, 300, 4096)] == [24, 64, 64, 512]
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 2)])
+def test_a_mesh_draws_the_same(params, prompt, shape):
+    """Eight prompts in four slots: with two devices of rows, two are refilled at a time."""
+    many, length = jnp.tile(prompt[:2], (4, 1)), jnp.tile(LENGTH[:2], 4)
+    sampling = replace(LONG, slots=4, lanes=3)
+    want = draw(params, many, sampling, length=length)
+    mesh = sharding.make_mesh(*shape)
+    got = draw(
+        jax.device_put(params, sharding.of_state(params, mesh)),
+        *(jax.device_put(many, sharding.of_rows(mesh)), sampling),
+        length=jax.device_put(length, sharding.of_rows(mesh)),
+        compute=Compute(mesh=mesh),
+    )
+    compare(got, want)
+
+
+def test_the_state_is_changed_in_place(params, prompt):
+    static = dict(sampling=PLAIN, config=CONFIG, compute=sampler.PLAIN)
+    prepared = sampler.unstack(params, config=CONFIG, compute=sampler.PLAIN)
+    state = sampler.start(num_prompts=P, group_size=G, width=S, **static)
+    numbers = np.arange(P)
+    filled = sampler.fill(prepared, state, prompt, LENGTH, numbers, numbers, width=S, **static)
+    assert state.cache[0].prompt_k.is_deleted()
+    run = sampler.advance.lower(prepared, jax.random.key(0), filled, P, **static).compile()
+    memory = run.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(filled))
+    advanced, _, _ = sampler.advance(prepared, jax.random.key(0), filled, P, **static)
+    assert filled.cache[0].response_k.is_deleted() and not prepared["embed"].is_deleted()
+    assert advanced.samples.length.all()
+
+
+def test_bfloat16_is_near_and_its_log_probabilities_are_float32(params, prompt):
+    sampling = replace(PLAIN, max_response=1)
+    want = draw(params, prompt, sampling)
+    got = draw(params, prompt, sampling, compute=Compute(dtype="bfloat16"))
+    assert got.logp_t.dtype == jnp.float32
+    same = got.response == want.response
+    assert same.mean() > 0.5
+    assert 1e-4 < abs(jnp.where(same, got.logp_t - want.logp_t, 0)).max() < 0.3
+
+
+def test_a_block_and_then_a_token_is_a_token_of_the_whole():
+    """Of 300 tokens in three blocks, a third of them impossible."""
+    rng = np.random.default_rng(0)
+    logits = np.where(rng.random(300) < 0.3, vocabulary.MASKED, 2 * rng.normal(size=300))
+    expected, n = np.asarray(jax.nn.softmax(jnp.asarray(logits))), 100_000
+    keys = jax.random.split(jax.random.key(0), n)
+    draws = jax.jit(jax.vmap(sampler.categorical, (0, None)))(keys, jnp.asarray(logits))
+    drawn = np.bincount(draws, minlength=300) / n
+    assert len(drawn) == 300 and (drawn[expected == 0] == 0).all()
+    assert (abs(drawn - expected) < 5 * np.sqrt(expected * (1 - expected) / n) + 1e-5).all()
 
 
 def test_a_prompt_is_prefilled_once_for_its_group(params, prompt, monkeypatch):

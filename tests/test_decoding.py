@@ -1,0 +1,141 @@
+"""Decoding token by token against whole sequences."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_sd import decoding, model, sharding
+from jaxrl_sd.model import Compute, ModelConfig
+
+CONFIG = ModelConfig(32, 29, 16, 24, 2, 4, 2, 8, 1e4, 1e-6, True)
+U, N, S, T = 3, 2, 5, 6
+LENGTH = np.array([2, 5, 3], np.int32)
+PLAIN = Compute()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda x: 2 * x, model.init_params(jax.random.key(0), CONFIG))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Left-padded prompts, and a response for each lane."""
+    rng = np.random.default_rng(1)
+    return rng.integers(29, size=(U, S)), rng.integers(29, size=(U, N, T))
+
+
+@pytest.fixture(scope="module")
+def want(params, rows):
+    """Hidden states that predict each response token, [U, N, T, D]."""
+    prompt, response = rows
+    prompt, length = np.repeat(prompt, N, axis=0), np.repeat(LENGTH, N)
+    whole = jax.jit(model.response_hidden, static_argnames="config")
+    hidden = whole(params, prompt, length, response.reshape(U * N, T), config=CONFIG)
+    return np.asarray(hidden).reshape(U, N, T, -1)
+
+
+class Decoder:
+    """A cache and the functions that change it, compiled for one setting."""
+
+    def __init__(self, params, columns, compute=PLAIN):
+        self.compute = compute
+        fixed = dict(config=CONFIG, compute=compute)
+        self.params = jax.jit(partial(decoding.unstack, **fixed))(params)
+        self.cache = decoding.empty_cache(U, N, S, columns, CONFIG, compute)
+        self.prefill = jax.jit(partial(decoding.prefill, **fixed))
+        self.decode = jax.jit(partial(decoding.decode, **fixed))
+
+    def fill(self, prompt, slots=range(U)):
+        first, prompts = self.prefill(self.params, prompt, LENGTH)
+        self.cache = decoding.fill(self.cache, jnp.array(slots), prompts, self.compute)
+        return np.asarray(first)
+
+    def step(self, token, t, column):
+        hidden, self.cache = self.decode(
+            self.params, token, jnp.asarray(t), LENGTH, self.cache, jnp.int32(column)
+        )
+        return np.asarray(hidden)
+
+
+def test_lanes_at_different_tokens_on_a_ring_equal_whole_sequences(params, rows, want):
+    """The second lane starts two tokens later, and the ring in its middle."""
+    prompt, response = rows
+    decoder, late = Decoder(params, columns=T), np.array([0, 2])
+    decoder.cache = jax.tree.map(lambda x: x + 5, decoder.cache)  # what was there is not seen
+    np.testing.assert_allclose(decoder.fill(prompt), want[:, 0, 0], rtol=0, atol=1e-5)
+    for step in range(T + 1):
+        t = np.broadcast_to(np.maximum(step - late, 0) % T, (U, N))
+        token = np.take_along_axis(response, t[..., None], axis=-1)[..., 0]
+        hidden = decoder.step(token, t, (step + 4) % T)
+        for n in range(N):
+            if 0 <= step - late[n] < T - 1:
+                expected = want[:, n, step - late[n] + 1]
+                np.testing.assert_allclose(hidden[:, n], expected, rtol=0, atol=1e-5)
+    assert abs(want[:, 0, 1:] - want[:, 1, 1:]).max() > 0.1  # lanes do differ
+
+
+def test_a_cache_that_grows_keeps_what_it_has(params, rows, want):
+    prompt, response = rows
+    decoder, column = Decoder(params, columns=3), 1
+    decoder.fill(prompt)
+    for t in range(T - 1):
+        if t == 3:
+            cache, column = decoding.grow(decoder.cache, jnp.int32(1), T, decoder.compute)
+            decoder.cache = cache
+            assert column == 3 and cache[0].response_k.shape == (U, 2, N, T, 8)
+        hidden = decoder.step(response[:, :, t], np.full((U, N), t), column)
+        column = (column + 1) % (3 if t < 3 else T)
+        np.testing.assert_allclose(hidden, want[:, :, t + 1], rtol=0, atol=1e-5)
+
+
+def test_a_prompt_goes_to_its_slot_and_to_no_other(params, rows):
+    decoder, other = Decoder(params, columns=T), np.flip(rows[0])
+    decoder.fill(rows[0])
+    before = decoder.cache
+    decoder.fill(other, slots=[1, U, U])
+    _, want = decoder.prefill(decoder.params, other, LENGTH)
+    for new, old, (k, v) in zip(decoder.cache, before, want, strict=True):
+        np.testing.assert_array_equal(new.prompt_k[1], k[0])
+        np.testing.assert_array_equal(new.prompt_v[1], v[0])
+        for name in ("prompt_k", "prompt_v"):
+            np.testing.assert_array_equal(getattr(new, name)[::2], getattr(old, name)[::2])
+
+
+def test_weights_cache_and_states_have_the_type_to_compute_in(params, rows, want):
+    decoder = Decoder(params, T, Compute(dtype="bfloat16"))
+    first, prompts = decoder.prefill(decoder.params, rows[0], LENGTH)
+    hidden, cache = decoder.decode(
+        decoder.params, rows[1][..., 0], jnp.zeros((U, N), int), LENGTH, decoder.cache, jnp.int32(0)
+    )
+    arrays = first, prompts, hidden, cache, decoder.params["embed"]
+    assert {x.dtype for x in jax.tree.leaves(arrays)} == {jnp.dtype("bfloat16")}
+    assert decoding.logits(decoder.params, hidden, CONFIG, decoder.compute).dtype == jnp.float32
+    np.testing.assert_allclose(first.astype(jnp.float32), want[:, 0, 0], rtol=0, atol=0.1)
+
+
+def test_a_token_moves_no_weights_between_devices():
+    """The largest thing that a step gathers is smaller than the smallest matrix of a layer."""
+    config = ModelConfig(256, 256, 64, 512, 1, 8, 4, 64, 1e4, 1e-6, True)
+    compute = Compute(mesh=sharding.make_mesh(data=1, fsdp=4, tensor=2))
+    params = jax.eval_shape(partial(model.init_params, config=config), jax.random.key(0))
+    placed = sharding.of_state(params, compute.mesh)
+
+    def step(params):
+        params = decoding.unstack(params, config, compute)
+        params = jax.lax.optimization_barrier(params)
+        cache = decoding.empty_cache(4, 1, 4, 4, config, compute)
+        zeros = jnp.zeros((4, 1), jnp.int32)
+        hidden, cache = decoding.decode(
+            params, zeros, zeros, jnp.full(4, 4), cache, jnp.int32(0), config, compute
+        )
+        return decoding.logits(params, hidden, config, compute)
+
+    text = jax.jit(step, in_shardings=(placed,)).lower(params).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in gathered]
+    assert sizes and max(sizes) < 64 * 4 * 64 / 4
