@@ -30,6 +30,7 @@ setup(
     ],
     extras_require={
         "data": ["datasets>=5.2"],  # Parquet files, folders and data sets of the hub
+        "tpu_aot": ["jax[tpu]>=0.10.2"],  # its libtpu compiles for TPUs on machines without one
         "test": [
             "datasets>=5.2",
             "peft>=0.21",

@@ -103,10 +103,20 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
 def stream_sizes(config: ConfigDict, method: Method) -> packing.Sizes:
     """What a device computes at a time, see `packing.sizes`."""
     r = config.rollout
-    prompts = {STUDENT: packing.Prompts(r.max_prompt, shared=True)}
-    for name, teacher in method.teachers.items():
-        prompts[name] = packing.Prompts(r.max_hint_prompt, teacher.context.shared)
-    return packing.sizes(prompts, r.group_size, r.max_response, config.compute.tokens)
+    return packing.sizes(
+        prompts(config, method), r.group_size, r.max_response, config.compute.tokens
+    )
+
+
+def prompts(config: ConfigDict, method: Method) -> dict[str, packing.Prompts]:
+    """What is known of the student's prompts, under `STUDENT`, and of each teacher's."""
+    r, problem = config.rollout, Problem("", "", answer="1", solution="1")  # any
+    out = {STUDENT: packing.Prompts(r.max_prompt, shared=True)}
+    for name, (context, _) in method.teachers.items():
+        shown = {hint.template for hint in possible_hints(problem, context)}
+        longest = r.max_prompt if shown == {"nothing"} else r.max_hint_prompt
+        out[name] = packing.Prompts(longest, context.shared)
+    return out
 
 
 def load_problems(config: ConfigDict, split: str) -> list[Problem]:
@@ -142,6 +152,8 @@ def sampling_config(config: ConfigDict, tokenizer) -> SamplingConfig:
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
         presence_penalty=config.rollout.presence_penalty,
+        slots=config.rollout.slots,
+        lanes=config.rollout.lanes,
     )
 
 

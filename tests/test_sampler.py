@@ -237,7 +237,7 @@ def test_responses_do_not_depend_on_widths(params, prompt, monkeypatch):
     monkeypatch.setattr(sampler, "fill", seen_fill)
     monkeypatch.setattr(sampler, "grow", seen_grow)
     sampling = replace(sampling, pad_id=2)  # a fresh compilation
-    drawn = np.arange(LONG.max_response) < want.length[..., None]
+    drawn = np.arange(LONG.max_response) < np.asarray(want.length)[..., None]
     compare(
         draw(params, short, sampling, length=length),
         want.replace(response=jnp.where(drawn, want.response, 2)),

@@ -36,5 +36,5 @@ def get_config():
     c.optimizer.schedule, c.optimizer.final_scale = "linear", 0.1  # to 1e-7
     c.optimizer.clip_norm = 1.0
     papers.hold_out(c, "aime24", every=50, samples=16)
-    papers.spread(c, devices=2)
+    papers.spread(c, devices=4, slots=8)
     return c

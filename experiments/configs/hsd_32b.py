@@ -14,7 +14,7 @@ The paper's table says Qwen3-32B-Base, of which no release is known; here it is 
 thinking off.
 """
 
-from experiments.configs import hsd_8b
+from experiments.configs import hsd_8b, papers
 
 
 def get_config():
@@ -22,4 +22,5 @@ def get_config():
     c = hsd_8b.get_config()
     c.output_dir = "runs/hsd_32b"
     c.model.path = "Qwen/Qwen3-32B"
+    papers.spread(c, devices=32, slots=32)
     return c

@@ -40,7 +40,6 @@ def base(output_dir: str) -> ConfigDict:
     )
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-6, 0
     c.optimizer.b2, c.optimizer.weight_decay = 0.999, 0.01
-    c.compute.chunk = 2048
     c.verifier.workers = 16
     return c
 
@@ -51,8 +50,13 @@ def hold_out(c: ConfigDict, benchmark: str, every: int, samples: int) -> None:
     c.evaluation.every, c.evaluation.samples = every, samples
 
 
-def spread(c: ConfigDict, devices: int) -> None:
-    """Weights and rows over all devices. A guess, not tried."""
-    c.mesh.fsdp = devices
-    c.compute.tokens = c.rollout.max_prompt + c.rollout.max_response
+def spread(c: ConfigDict, devices: int, tensor: int = 1, slots: int = 0) -> None:
+    """Weights over all devices; a stream at a time on each, as long as the longest row.
+
+    Chosen so that every function fits 31 GB a device, by compiling for TPUs
+    (experiments/compile_for_tpu.py). Larger devices may have more slots and longer streams.
+    """
+    c.mesh.fsdp, c.mesh.tensor = devices // tensor, tensor
+    c.rollout.slots = slots
+    c.compute.tokens, c.compute.chunk = c.rollout.max_prompt + c.rollout.max_response, 512
     c.compute.dtype, c.compute.remat = "bfloat16", "layer"

@@ -46,5 +46,5 @@ def get_config():
     c.optimizer.learning_rate, c.optimizer.weight_decay = 1e-6, 0.01
     c.optimizer.b1, c.optimizer.b2, c.optimizer.clip_norm = 0.9, 0.999, 1.0
     papers.hold_out(c, "aime24", every=20, samples=8)
-    papers.spread(c, devices=32)
+    papers.spread(c, devices=32, slots=64)
     return c

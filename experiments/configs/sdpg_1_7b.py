@@ -13,7 +13,7 @@ The released script has 256 prompts a step; the paper's "same protocol" has 128 
 length of the answers is the script's and Fig. 6's. All else as in sdpg_4b.py.
 """
 
-from experiments.configs import sdpg_4b
+from experiments.configs import papers, sdpg_4b
 
 
 def get_config():
@@ -22,4 +22,5 @@ def get_config():
     c.output_dir = "runs/sdpg_1_7b"
     c.model.path = "Qwen/Qwen3-1.7B"
     c.rollout.max_response = 2048
+    papers.spread(c, devices=8, slots=32)
     return c

@@ -37,5 +37,5 @@ def get_config():
     c.optimizer.b1, c.optimizer.b2, c.optimizer.clip_norm = 0.9, 0.999, 1.0
     c.optimizer.warmup_steps, c.optimizer.mini_batches = 10, 8
     papers.hold_out(c, "aime24", every=10, samples=32)
-    papers.spread(c, devices=8)
+    papers.spread(c, devices=8, slots=16)
     return c

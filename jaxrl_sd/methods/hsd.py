@@ -39,7 +39,7 @@ def hsd(beta: NonNegative = 1e-3) -> Method:
     """Distils every answer towards the self that saw the answer and a successful sibling.
 
     Args:
-      beta: weight of kl(policy||initial policy).
+      beta: weight of kl(policy||initial policy); at 0 there is no reference.
     """
     method = Method(
         teachers={"teacher": Teacher(contexts.answer_and_peer(), teachers.current())},
@@ -47,4 +47,4 @@ def hsd(beta: NonNegative = 1e-3) -> Method:
         probe={"divergence": ("teacher", stats.forward_kl)},
         loss=distillation,
     )
-    return add_reference_kl(method, beta)
+    return add_reference_kl(method, beta) if beta else method
