@@ -1,0 +1,111 @@
+"""What distillation costs beside GRPO: the update, and whole steps of the built-in job."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from experiments.benchmarks.jobs import GRPO, Job
+from experiments.benchmarks.records import Row
+from experiments.benchmarks.scales import Scale
+from experiments.benchmarks.timing import in_turns, ratio
+from jaxrl_sd import config as configuration
+from jaxrl_sd import sharding, train, update
+from jaxrl_sd.methods import METHODS
+from jaxrl_sd.methods.base import Method, distillation
+from jaxrl_sd.start import open_judge, prepare
+from jaxrl_sd.types import Batch
+
+PLAIN = {"grpo": {"kl_coef": 0.0}}  # settings that are not the default
+TITLE = "Methods beside GRPO (without its penalty to a reference)"
+
+
+def measure(scale: Scale) -> list[Row]:
+    """Updates of SDPG and HSD, and whole steps of methods that only score with their teacher."""
+    hsd = METHODS["hsd"]()
+    updated = {
+        "SDPG": METHODS["sdpg"](),
+        "HSD without its second teacher": without_reference(hsd),
+        "HSD with the exact kl(policy||reference)": hsd,
+    }
+    stepped = {"RLSD": "rlsd", "CAST": "cast", "SC-GRPO": "sc_grpo"}
+    return updates(scale, updated) + whole_steps(scale, stepped)
+
+
+def updates(scale: Scale, methods: Mapping[str, Method]) -> list[Row]:
+    """The teacher's forward pass is part of these updates."""
+    jobs = {
+        name: Job(method, scale.model, scale.methods, scale.compute)
+        for name, method in {"GRPO": GRPO, **methods}.items()
+    }
+    seconds = in_turns({name: job.update for name, job in jobs.items()}, scale.repetitions)
+    base = jobs["GRPO"].tokens[""]
+
+    def note(job: Job) -> str:
+        read = [f"{n / base:.2f}" for name, n in job.tokens.items() if name]
+        return f"teachers read {' and '.join(read)} times the student's tokens"
+
+    return [
+        ratio(
+            f"update of {name}",
+            seconds[name],
+            seconds["GRPO"],
+            target=("<=", 1.5),
+            note=note(jobs[name]),
+        )
+        for name in methods
+    ]
+
+
+def without_reference(method: Method) -> Method:
+    """The method's divergence alone, without its penalty to a reference."""
+    teacher, _ = request = method.probe["divergence"]
+    return method._replace(
+        teachers={teacher: method.teachers[teacher]},
+        probe={"divergence": request},
+        loss=distillation,
+    )
+
+
+def whole_steps(scale: Scale, methods: Mapping[str, str]) -> list[Row]:
+    """Sampling, verdicts, hints, scores, credit and update of the built-in job."""
+    names = {"GRPO": "grpo", **methods}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {shown: Stepper(name, Path(folder)) for shown, name in names.items()}
+        seconds = in_turns(steps, scale.steps, warmup=2)
+        for step in steps.values():
+            step.judge.close()
+    return [
+        ratio(f"step of {name}", seconds[name], seconds["GRPO"], target=("<=", 1.15))
+        for name in methods
+    ]
+
+
+class Stepper:
+    """The next training step of the built-in job at each call, as `train.train` has it."""
+
+    def __init__(self, method: str, folder: Path):
+        config = configuration.default()
+        config.output_dir = str(folder / method)
+        config.method.name = method
+        if method in PLAIN:
+            config.method.update(PLAIN[method])
+        self.run, params, frozen = prepare(config)
+        optimizer = configuration.optimizer(config)
+        state = update.init_state(params, frozen, optimizer, self.run.method.teachers, seed=0)
+        self.state = jax.device_put(state, sharding.of_state(state, self.run.mesh))
+        self.judge = open_judge(config)
+        self.step, self.position = 0, 0
+
+    def __call__(self):
+        run, clock = self.run, train.Clock()
+        collected = train.collect(run, self.state, self.judge, self.position, clock)
+        hints, _ = train.write_hints(run, collected.problems, collected.groups, self.step)
+        batch, parts, _ = train.pack(run, Batch(collected.rollouts, hints))
+        batch = update.score(run.steps, self.state, batch, parts)
+        batch, _ = run.steps.credit(batch, self.step)
+        epochs = run.config.optimizer.epochs
+        self.state, metrics = update.update(run.steps, self.state, batch, parts, epochs)
+        self.step, self.position = self.step + 1, collected.position
+        return metrics

@@ -1,0 +1,51 @@
+"""Times of functions that are compared, measured in turns: a busy machine is fair to all."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.benchmarks.records import Row
+
+
+class Seconds(NamedTuple):
+    """The times of a function, one a repetition."""
+
+    values: tuple[float, ...]
+
+    @property
+    def best(self) -> float:
+        return min(self.values)
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], Any]], repetitions: int, warmup: int = 1
+) -> dict[str, Seconds]:
+    """Calls every function once a repetition; waits for the arrays that it returns.
+
+    Args:
+      warmup: calls of each that do not count, for compilation.
+    """
+    for _ in range(warmup):
+        for function in functions.values():
+            jax.block_until_ready(function())
+    seconds = {name: [] for name in functions}
+    for _ in range(repetitions):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Seconds(tuple(values)) for name, values in seconds.items()}
+
+
+def ratio(name: str, above: Seconds, below: Seconds, scale: float = 1.0, **fields) -> Row:
+    """`scale` times the ratio of the best times; its spread is over repetitions, pair by pair.
+
+    Args:
+      fields: others of `Row`; the unit is "x" unless it is among them.
+    """
+    pairs = [scale * a / b for a, b in zip(above.values, below.values, strict=True)]
+    fields = {"unit": "x"} | fields
+    value = scale * above.best / below.best
+    return Row(name, value, low=min(pairs), high=max(pairs), **fields)
