@@ -16,12 +16,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 
-from jaxrl_sd import adapters, policies, sharding, weights
+from experiments import program
+from jaxrl_sd import adapters, hosts, policies, sharding, weights
 from jaxrl_sd.policies import Policy
 from jaxrl_sd.types import InputError
 
+flags.adopt_module_key_flags(program)
 INPUT = flags.DEFINE_string("input", None, "Folder of a model or of a run.", required=True)
 ADAPTER = flags.DEFINE_string("adapter", None, "Folder of an adapter to the model.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of the run, the newest by default.")
@@ -79,7 +81,7 @@ def write(target: Path, policy: Policy, form: str, dtype: str, max_shard_bytes: 
         limit = {"max_shard_bytes": max_shard_bytes}
         weights.save(target, params, policy.config, eos_token_id=None, **limit)
     for file in sorted({f for pattern in COMPANIONS for f in policy.folder.glob(pattern)}):
-        if file.is_file() and jax.process_index() == 0:
+        if file.is_file() and hosts.is_first():
             shutil.copyfile(file, target / file.name)
 
 
@@ -97,18 +99,16 @@ def make_empty(target: Path) -> None:
         raise InputError(f"--output: {target} is not empty")
 
 
-def main(_) -> None:
-    logging.set_verbosity(logging.ERROR)  # orbax reports each file it writes
+def main(arguments):
+    if arguments:
+        raise InputError(f"{arguments[0]}: unknown (see --help)")
     source, target, adapter = Path(INPUT.value), Path(OUTPUT.value), ADAPTER.value
-    try:
-        make_empty(target)
-        policy = read(source, adapter and Path(adapter), STEP.value, DTYPE.value)
-        limit = int(MAX_SHARD_GB.value * 10**9)
-        write(target, policy, FORMAT.value, DTYPE.value, limit)
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from error
+    hosts.from_first(lambda: make_empty(target))
+    policy = read(source, adapter and Path(adapter), STEP.value, DTYPE.value)
+    limit = int(MAX_SHARD_GB.value * 10**9)
+    write(target, policy, FORMAT.value, DTYPE.value, limit)
     print(f"{source} -> {target}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main)

@@ -10,13 +10,15 @@ answers stay in --output_dir (default: <output>.answers); the same command conti
 other bounds need no new answers.
 """
 
+from functools import partial
 from pathlib import Path
 
 from absl import flags
 
-from experiments import command_line
+from experiments import command_line, program
 
 flags.adopt_module_key_flags(command_line)
+flags.adopt_module_key_flags(program)
 SAMPLES = flags.DEFINE_integer("samples", 8, "Answers a problem.")
 MIN_PASS = flags.DEFINE_float("min_pass", 0.0, "Smallest share of correct answers to keep.")
 MAX_PASS = flags.DEFINE_float("max_pass", 0.0, "Largest share of correct answers to keep.")
@@ -29,14 +31,15 @@ def main(arguments):
         "output_dir": f"{OUTPUT.value}.answers",
     }
     config = command_line.read_config(arguments, presets)
-    from jaxrl_sd import answers, difficulty  # seconds to import, see experiments/train.py
+    from jaxrl_sd import answers, difficulty, hosts  # seconds to import, see experiments/train.py
 
     bounds = MIN_PASS.value, MAX_PASS.value
     difficulty.check(*bounds)
     problems, records = answers.collect(config, "train")
-    counts = difficulty.write(Path(OUTPUT.value), problems, records, *bounds)
+    write = partial(difficulty.write, Path(OUTPUT.value), problems, records, *bounds)
+    counts = hosts.from_first(write)
     print(", ".join(f"{number} {name}" for name, number in counts.items()), f"-> {OUTPUT.value}")
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    program.run(main)

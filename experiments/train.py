@@ -9,7 +9,7 @@ command continues a run that was stopped.
 
 from absl import flags
 
-from experiments import command_line
+from experiments import command_line, program
 from jaxrl_sd.methods import METHODS, PRESETS
 
 __doc__ += "\nMethods (--config.method.name):\n" + "".join(
@@ -18,6 +18,7 @@ __doc__ += "\nMethods (--config.method.name):\n" + "".join(
 __doc__ += f"\nPublished variants: {', '.join(PRESETS)}\n"
 
 flags.adopt_module_key_flags(command_line)
+flags.adopt_module_key_flags(program)
 
 
 def main(arguments):
@@ -33,4 +34,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    program.run(main)

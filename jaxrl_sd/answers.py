@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from jaxrl_sd import checkpoint, evaluate, files, hosts, metrics, rollout, sampler, sharding
 from jaxrl_sd import config as configuration
+from jaxrl_sd.model import Compute
 from jaxrl_sd.start import (
     batch_size,
     check_judges,
@@ -83,6 +84,7 @@ def collect(config: ConfigDict, split: str) -> tuple[list[Problem], list[Record]
         group_size=config.evaluation.samples,
         sampling=sampling,
         config=model,
+        compute=Compute(dtype=config.compute.dtype, mesh=mesh),
     )
     with open_judge(config) as judge:
         answered = rollout.answer(
@@ -136,7 +138,7 @@ def _settings(config: ConfigDict, split: str) -> dict[str, Any]:
     unused = (other, f"num_{other}", f"{other}_subset", f"{other}_split")
     sampling = (
         *("prompts", "max_prompt", "max_response"),
-        *("temperature", "top_k", "top_p", "presence_penalty"),
+        *("temperature", "top_k", "top_p", "presence_penalty", "slots", "lanes"),
     )
     return {
         "model": c["model"],
@@ -149,6 +151,7 @@ def _settings(config: ConfigDict, split: str) -> dict[str, Any]:
         "reward": c["reward"],
         "seed": c["seed"],
         "mesh": c["mesh"],
+        "dtype": c["compute"]["dtype"],
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }

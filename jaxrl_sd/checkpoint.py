@@ -157,6 +157,7 @@ def _check_same_weights(old: list[int], like: State, folder: Path) -> None:
 FREE = (
     *("steps", "output_dir", "model.path", "method.teacher", "rollout.max_rounds"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("compute.tokens", "compute.chunk", "compute.remat"),
     *("verifier.workers", "checkpoint.every", "checkpoint.keep"),
 )
 

@@ -122,13 +122,17 @@ def _verdict(difference: dict[str, float]) -> str:
 
 
 def _section_table(title: str, values: dict[str, Any]) -> str:
-    if title != "seconds":
+    if not title.startswith("seconds"):
         return table(("name", "value"), values.items())
     total = values.get("total") or sum(values.values())
     return table(
         ("phase", "seconds", "share"),
-        ((phase, f"{value:.1f}", f"{value / total:.0%}") for phase, value in values.items()),
+        ((phase, _seconds(value), f"{value / total:.0%}") for phase, value in values.items()),
     )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3f}"
 
 
 # ---- curves.png

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from jaxrl_sd import tokens
+from jaxrl_sd import hosts, tokens
 from jaxrl_sd.methods.base import Grades, Verdicts
 from jaxrl_sd.sampler import Samples
 from jaxrl_sd.tokens import Template
@@ -36,7 +36,7 @@ def verify(
     stop_ids: Sequence[int],
     judge: Judge,
 ) -> list[list[Sample]]:
-    """Texts and verdicts of every sample, by group.
+    """Texts and verdicts of every sample, by group; each process has its own groups judged.
 
     Args:
       problems: P problems.
@@ -54,7 +54,10 @@ def verify(
         )
     ]
     texts = [tokens.response_text(tokenizer, row, stop_ids) for row in ids]
-    verdicts = judge.judge(asked, texts, ids)
+    answers = list(zip(asked, texts, ids, strict=True))
+    verdicts = hosts.divide(
+        lambda part: judge.judge(*zip(*part, strict=True)), answers, multiple=group_size
+    )
     out = [
         Sample(row, text, truncated=bool(truncated), **verdict._asdict())
         for row, text, verdict, truncated in zip(
@@ -187,7 +190,7 @@ def answer(
         part = list(problems[i : i + batch])
         padded = part + part[-1:] * (batch - len(part))
         prompt = encode(padded, tokenizer, template, max_prompt)
-        samples = jax.device_get(draw(jax.random.fold_in(key, i), *prompt))
+        samples = hosts.get(draw(jax.random.fold_in(key, i), *prompt))
         samples = Samples(**{name: x[: len(part)] for name, x in vars(samples).items()})
         yield verify(part, samples, tokenizer, stop_ids, judge)
 

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,10 +39,11 @@ from jaxrl_sd import (
 )
 from jaxrl_sd import config as configuration
 from jaxrl_sd.metrics import Writer, strict
-from jaxrl_sd.model import merge
+from jaxrl_sd.metrics import read as read_metrics
+from jaxrl_sd.model import Compute, merge
 from jaxrl_sd.rollout import Judge
 from jaxrl_sd.start import Run, batch_size, open_judge, prepare
-from jaxrl_sd.types import Batch, InputError, Problem, Rollouts, Sample
+from jaxrl_sd.types import Batch, InputError, Params, Problem, Rollouts, Sample
 from jaxrl_sd.update import Parts, State, init_state
 from jaxrl_sd.vocabulary import STUDENT
 
@@ -56,6 +56,7 @@ class Clock:
 
     def __init__(self):
         self.seconds = defaultdict(float)
+        self._counted: dict[str, float] = {}
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Counts what an earlier process of the same run has spent."""
@@ -67,6 +68,16 @@ class Clock:
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """Metrics: seconds by phase since the last call."""
+        spent = {
+            f"time/{phase}": seconds - self._counted.get(phase, 0.0)
+            for phase, seconds in self.seconds.items()
+            if seconds > self._counted.get(phase, 0.0)
+        }
+        self._counted = dict(self.seconds)
+        return spent
 
 
 def train(config: ConfigDict) -> dict[str, Any]:
@@ -94,20 +105,27 @@ def train(config: ConfigDict) -> dict[str, Any]:
         open_judge(config) as judge,
         open_writer(run, first) as writer,
     ):
+        unread = []  # at most one row, and its step: the numbers are still on the devices
 
-        def write(step: int, row: dict[str, Any]) -> None:
-            if writer is not None:
-                writer.write(step, row)
+        def write_unread() -> None:
+            while unread:
+                step, row = unread.pop()
+                if writer is not None:
+                    writer.write(step, row)
 
         def assess(step: int) -> None:
+            write_unread()
             with clock("evaluate"):
-                write(step, measure(run, state, judge, step))
+                row = measure(run, state, judge, step)
+            unread.append((step, row | clock.lap()))
 
         def save(step: int) -> None:
+            write_unread()
             if checkpoints.latest_step() != step:
                 with clock("save"):
                     checkpoint.save(checkpoints, state, position, settings(config), clock.seconds)
 
+        clock.lap()
         if first == 0:
             assess(0)
         for step in range(first, config.steps):
@@ -130,15 +148,16 @@ def train(config: ConfigDict) -> dict[str, Any]:
                     log_group(run, batch, gaps, problems, groups, step + 1)
                     row |= diagnostics.gap_sizes(batch, gaps)
             with clock("update"):
-                state, update_metrics = jax.block_until_ready(
-                    update.update(run.steps, state, batch, parts, config.optimizer.epochs)
+                state, update_metrics = update.update(
+                    run.steps, state, batch, parts, config.optimizer.epochs
                 )
+                write_unread()  # the step before's, while the devices work
+                jax.block_until_ready(state)
             position = collected.position
-            with clock("log"):
-                row |= diagnostics.describe(batch)
-                row |= {f"credit/{name}": x for name, x in credit_metrics.items()}
-                row |= {f"update/{name}": x for name, x in update_metrics.items()}
-                write(step + 1, row)
+            row |= diagnostics.describe(batch)
+            row |= {f"credit/{name}": x for name, x in credit_metrics.items()}
+            row |= {f"update/{name}": x for name, x in update_metrics.items()}
+            unread.append((step + 1, row | clock.lap()))
             if is_due(config, step + 1):
                 assess(step + 1)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
@@ -178,10 +197,13 @@ def is_due(config: ConfigDict, finished: int) -> bool:
 def start_or_resume(run: Run, params, frozen, checkpoints) -> tuple[State, int, dict[str, float]]:
     """The state to go on from, the position in the sequence of problems, and seconds spent."""
     optimizer = configuration.optimizer(run.config)
-    start = partial(init_state, optimizer=optimizer, teachers=run.method.teachers)
-    start = partial(start, frozen={}, seed=run.config.seed)
+
+    def start(params: Params) -> State:
+        state = init_state(params, {}, optimizer, run.method.teachers, run.config.seed)
+        return state.replace(params={})  # no copy of what has its place
+
     placed = sharding.of_state(jax.eval_shape(start, params), run.mesh)
-    state = jax.jit(start, out_shardings=placed)(params).replace(frozen=frozen)
+    state = jax.jit(start, out_shardings=placed)(params).replace(params=params, frozen=frozen)
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
     state, position, seconds = restored or (state, 0, {})
     if state.step > run.config.steps:
@@ -209,7 +231,13 @@ def draw(run: Run, state: State, key, prompt, prompt_length, samples: int, tempe
     prompt = hosts.put((prompt, prompt_length), sharding.of_rows(run.mesh))
     sampling = replace(run.sampling, temperature=temperature)
     return sampler.sample(
-        state.policy(), key, *prompt, group_size=samples, sampling=sampling, config=run.model
+        state.policy(),
+        key,
+        *prompt,
+        group_size=samples,
+        sampling=sampling,
+        config=run.model,
+        compute=Compute(dtype=run.config.compute.dtype, mesh=run.mesh),
     )
 
 
@@ -392,6 +420,16 @@ def export(run: Run, state: State) -> None:
         run.tokenizer.save_pretrained(folder)
 
 
+def mean_seconds(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """By phase, of the steps after the first, which compiles; without evaluations."""
+    steps = [row for row in rows if "time/update" in row][1:]
+    names = dict.fromkeys(name for row in steps for name in row if name.startswith("time/"))
+    return {
+        name.removeprefix("time/"): float(np.mean([row.get(name, 0.0) for row in steps]))
+        for name in names
+    }
+
+
 def summarize(run: Run, clock: Clock) -> dict[str, Any]:
     """The results of a finished run, from what it wrote."""
     config = run.config
@@ -422,6 +460,7 @@ def summarize(run: Run, clock: Clock) -> dict[str, Any]:
         f"pass_at_{k}_after": estimate(evaluate.pass_at_k, after["sampled"], k),
         "difference": estimate(evaluate.difference, before["sampled"], after["sampled"]),
         "seconds": {**clock.seconds, "total": sum(clock.seconds.values())},
+        "seconds_of_a_step": mean_seconds(read_metrics(run.folder)),
         "device": str(jax.devices()[0].device_kind),
         "versions": {
             "python": platform.python_version(),

@@ -1,10 +1,19 @@
 """Settings of every test: eight CPU devices, and no silent broadcast between ranks."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read once, when JAX starts its CPU backend; so before anything imports jax.
 DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+
+# What one test has compiled no other compiles again, in this process or one that it starts.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax  # noqa: E402
 

@@ -14,17 +14,17 @@ PACKAGE = Path(jaxrl_sd.__file__).parent
 # A module may import from its own line and from the lines above. A folder's modules stand together.
 LAYERS = [
     ["types", "files"],
-    ["stats", "groups", "losses", "vocabulary", "rope", "attention"],  # arithmetic
+    ["stats", "groups", "losses", "vocabulary", "rope", "attention", "hlo"],  # arithmetic
     ["tokens", "packing", "sharding"],
     ["model"],
     ["contexts", "teachers", "decoding"],
     ["methods"],
-    ["hosts", "scoring", "update", "sampler", "diagnostics"],  # devices
+    ["hosts", "scoring", "update", "sampler", "diagnostics", "tpu"],  # devices
     ["architectures", "weights", "adapters"],
     ["countdown", "code_problems", "data", "verify", "config", "metrics", "checkpoint"],  # host
     ["policies", "benchmarks", "rollout", "evaluate", "report"],
     ["start"],
-    ["train", "answers", "results", "difficulty"],
+    ["train", "answers", "results", "difficulty", "abstract"],
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -35,6 +35,7 @@ SUMMARY = {
     "pass_at_8_after": {"value": 0.875, "low": 0.8, "high": 0.95, "num_problems": 64},
     "difference": {"value": 0.25, "low": 0.18, "high": 0.32, "num_problems": 64},
     "seconds": {"sample": 30.0, "update": 10.0, "total": 40.0},
+    "seconds_of_a_step": {"sample": 0.15, "update": 0.05},
     "versions": {"jax": "0.10.2"},
 }
 
@@ -302,7 +303,8 @@ def test_settings_seconds_and_versions_are_tables():
     lines = report.markdown(SUMMARY, []).splitlines()
     assert lines[0] == "# toy: before and after training"
     assert {"| steps | 20 |", "| sample | 30.0 | 75% |", "| jax | 0.10.2 |"} <= set(lines)
-    assert {"## Seconds", "## Versions"} <= set(lines)
+    assert {"| sample | 0.150 | 75% |", "| update | 0.050 | 25% |"} <= set(lines)
+    assert {"## Seconds", "## Seconds of a step", "## Versions"} <= set(lines)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ def test_methods_train_through_the_entry_point(tmp_path, name):
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     assert rows[1]["rollout/sampler_logp_error_max"] < 1e-4
+    phases = {"sample", "verify", "context", "score", "update"}
+    assert {f"time/{phase}" for phase in phases} <= rows[1].keys() & rows[2].keys()
+    assert phases <= summary["seconds_of_a_step"].keys()
     assert rows[1]["update/skipped"] == 0 and rows[1]["update/grad_norm"] > 0
     np.testing.assert_allclose([row["update/first_ratio"] for row in rows[1:3]], 1, atol=1e-4)
     assert summary["method"] == name and summary["num_problems"] == 8
@@ -159,8 +162,14 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
     for name, value in load_file(whole / "model/model.safetensors").items():
         again = load_file(killed / "model/model.safetensors")[name]
         np.testing.assert_array_equal(value, again)
-    for file in (metrics.FILE, "evaluations/000006.json", "rollouts/000006.jsonl"):
+    for file in ("evaluations/000006.json", "rollouts/000006.jsonl"):
         assert (whole / file).read_text() == (killed / file).read_text()
+    assert without_times(whole) == without_times(killed)
+
+
+def without_times(folder):
+    rows = metrics.read(folder)
+    return [{name: x for name, x in row.items() if not name.startswith("time/")} for row in rows]
 
 
 SCORES = {True: 1.0, False: 0.0, None: None}
@@ -177,6 +186,7 @@ def test_verdicts_that_are_missing_survive_in_strict_json(tmp_path, monkeypatch)
     state = SimpleNamespace(key=jax.random.key_data(jax.random.key(0)))
     for step in (0, run.config.steps):
         assert measure(run, state, None, step)["eval/accuracy"] == pytest.approx(4 / 7)
+    (tmp_path / metrics.FILE).touch()
     text = (tmp_path / "evaluations/000000.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert summarize(run, Clock())["accuracy_after"]["num_problems"] == 7
