@@ -16,7 +16,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests put NaN where a mask has to silence it, so NaN alone is no error here.
 jax.config.update("jax_debug_nans", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_was_compiled():
+    """Each program maps memory, and a process may have only so many maps."""
+    yield
+    jax.clear_caches()

@@ -131,7 +131,6 @@ def test_a_run_over_a_model_that_changed_is_refused(tmp_path):
 
 DAMAGED = """
 import sys
-from functools import partial
 from pathlib import Path
 from experiments.convert import read
 from jaxrl_sd.types import InputError

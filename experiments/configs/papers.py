@@ -53,8 +53,8 @@ def hold_out(c: ConfigDict, benchmark: str, every: int, samples: int) -> None:
 def spread(c: ConfigDict, devices: int, tensor: int = 1, slots: int = 0) -> None:
     """Weights over all devices; a stream at a time on each, as long as the longest row.
 
-    Chosen so that every function fits 31 GB a device, by compiling for TPUs
-    (experiments/compile_for_tpu.py). Larger devices may have more slots and longer streams.
+    Reckoned to fit 31 GB a device. Of few settings it was seen that they compile for a TPU and fit
+    (README.md); experiments/compile_for_tpu.py says it of any.
     """
     c.mesh.fsdp, c.mesh.tensor = devices // tensor, tensor
     c.rollout.slots = slots
