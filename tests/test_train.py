@@ -93,13 +93,13 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     aborted = tmp_path / "rollouts/000003.jsonl"
     aborted.parent.mkdir()
     aborted.write_text("")
-    train(config)
+    spent = train(config)["seconds"]["update"]
     assert not aborted.exists()
     config.steps = 1
     with pytest.raises(InputError, match="steps: expected at least the 2"):
         train(config)
     config.steps = 2
-    assert train(config)["seconds"]["update"] > 1  # spent before, not lost
+    assert train(config)["seconds"]["update"] == spent > 0  # before, and not lost
     config.optimizer.learning_rate = 1e-5
     with pytest.raises(InputError, match=r"optimizer.learning_rate = 0.0\d+, got 1e-05"):
         train(config)
