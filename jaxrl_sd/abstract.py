@@ -219,7 +219,7 @@ def _batch(config: ConfigDict, method: Method) -> Batch:
 
 def abstract_part(config: ConfigDict, method: Method, mesh: Mesh) -> Part:
     """What is computed at a time."""
-    streams = mesh.shape["data"] * mesh.shape["fsdp"]
+    streams = sharding.row_devices(mesh)
     sizes = stream_sizes(config, method)
     return _rows(packing.pack(_batch(config, method), sizes, streams, rows=[])[0], mesh)
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxrl_sd.types import Array
 
 CPU_BLOCK = 64
-BLOCK = 128
+BLOCK = 128  # on accelerators; with larger ones float32 compiles for minutes on TPUs
 KERNEL_BLOCK = 512
 MASKED = -1e30  # finite, so that MASKED - MASKED is 0 and not NaN
 NO_SEGMENT = jnp.iinfo(jnp.int32).max

@@ -315,9 +315,8 @@ def write_hints(run: Run, problems: Sequence[Problem], groups, step: int):
 def pack(run: Run, batch: Batch) -> tuple[Batch, Parts, dict[str, float]]:
     """A batch on the devices, and the parts in which it is computed, by mini-batch."""
     rows = np.arange(len(batch.rollouts.response))
-    num_streams = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     parts = [
-        packing.pack(batch, run.sizes, num_streams, of_mini_batch)
+        packing.pack(batch, run.sizes, sharding.row_devices(run.mesh), of_mini_batch)
         for of_mini_batch in np.split(rows, run.config.optimizer.mini_batches)
     ]
     everything = list(itertools.chain(*parts))

@@ -52,8 +52,7 @@ def load(
     """Reads a model of either form, each tensor straight to where its devices need it.
 
     All headers are checked before anything is allocated. The host then holds one tensor of one
-    layer at a time. On several hosts each reads what its own devices
-    need.
+    layer at a time. On several hosts each reads what its devices need.
 
     A tied model may still hold an `lm_head.weight`, as some public ones do, if it equals the
     embedding; we would not know which of two different ones is meant.

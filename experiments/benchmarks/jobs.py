@@ -15,7 +15,8 @@ from jaxrl_sd.methods import METHODS
 from jaxrl_sd.methods.base import Method, Teacher
 from jaxrl_sd.model import Compute, ModelConfig
 from jaxrl_sd.sampler import SamplingConfig
-from jaxrl_sd.types import Batch, Hints, Problem, Rollouts, Sample
+from jaxrl_sd.start import possible_hints
+from jaxrl_sd.types import Batch, Hints, Problem, Rollouts
 from jaxrl_sd.vocabulary import STUDENT
 
 GRPO = METHODS["grpo"](kl_coef=0.0)  # a penalty would need a second model
@@ -125,8 +126,7 @@ def random_batch(
 
 def is_shown_something(teacher: Teacher) -> bool:
     """Whether a teacher's prompt is another than the student's."""
-    problem, answer = Problem("", "", "", solution=""), Sample((), "", True, False)
-    hints = teacher.context.write(problem, [answer] * 2, np.random.default_rng(0))
+    hints = possible_hints(Problem("", "", "", solution=""), teacher.context)
     return any(hint.template != "nothing" for hint in hints)
 
 

@@ -13,7 +13,7 @@ from experiments.benchmarks.timing import in_turns, ratio
 from jaxrl_sd import config as configuration
 from jaxrl_sd import sharding, train, update
 from jaxrl_sd.methods import METHODS
-from jaxrl_sd.methods.base import Method, distillation
+from jaxrl_sd.methods.base import Method
 from jaxrl_sd.start import open_judge, prepare
 from jaxrl_sd.types import Batch
 
@@ -23,11 +23,10 @@ TITLE = "Methods beside GRPO (without its penalty to a reference)"
 
 def measure(scale: Scale) -> list[Row]:
     """Updates of SDPG and HSD, and whole steps of methods that only score with their teacher."""
-    hsd = METHODS["hsd"]()
     updated = {
         "SDPG": METHODS["sdpg"](),
-        "HSD without its second teacher": without_reference(hsd),
-        "HSD with the exact kl(policy||reference)": hsd,
+        "HSD without its second teacher": METHODS["hsd"](beta=0.0),
+        "HSD with the exact kl(policy||reference)": METHODS["hsd"](),
     }
     stepped = {"RLSD": "rlsd", "CAST": "cast", "SC-GRPO": "sc_grpo"}
     return updates(scale, updated) + whole_steps(scale, stepped)
@@ -56,16 +55,6 @@ def updates(scale: Scale, methods: Mapping[str, Method]) -> list[Row]:
         )
         for name in methods
     ]
-
-
-def without_reference(method: Method) -> Method:
-    """The method's divergence alone, without its penalty to a reference."""
-    teacher, _ = request = method.probe["divergence"]
-    return method._replace(
-        teachers={teacher: method.teachers[teacher]},
-        probe={"divergence": request},
-        loss=distillation,
-    )
 
 
 def whole_steps(scale: Scale, methods: Mapping[str, str]) -> list[Row]:
