@@ -227,13 +227,18 @@ def write(
     for name, context in contexts.items():
         prompts, shown, source, num_cut = [], [], [], 0
         for p, (problem, samples) in enumerate(zip(problems, groups, strict=True)):
+            rendered = {}  # samples of a group are often shown the same
             for hint in context.write(problem, samples, rng):
                 shown.append(hint is not None)
                 hint = hint or Hint("nothing")
                 source.append(p * len(samples) + hint.source if hint.source >= 0 else -1)
-                prompt, cut = tokens.render_within(
-                    tokenizer, templates[hint.template], problem, hint.slots, width
-                )
+                what = hint.template, *sorted(hint.slots.items())
+                if what not in rendered:
+                    template = templates[hint.template]
+                    rendered[what] = tokens.render_within(
+                        tokenizer, template, problem, hint.slots, width
+                    )
+                prompt, cut = rendered[what]
                 prompts.append(prompt)
                 num_cut += cut
         padded, lengths = tokens.left_pad(prompts, width, tokenizer.pad_token_id)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_sd import model
+from jaxrl_sd import model, vocabulary
 from jaxrl_sd.attention import attention
 from jaxrl_sd.model import Compute, ModelConfig, block, cast, rms_norm
 from jaxrl_sd.sharding import constrain
@@ -23,25 +23,37 @@ from jaxrl_sd.vocabulary import MASKED
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer. The response part is a ring: all lanes write one column."""
+    """Keys and values of one layer. The response part is a ring: all lanes write one column.
 
-    prompt_k: Array  # [U, K, S, H]
+    Keys have their columns last and values second to last, as the products with them read memory.
+    """
+
+    prompt_k: Array  # [U, K, H, S]
     prompt_v: Array  # [U, K, S, H]
-    response_k: Array  # [U, K, N, C, H]
+    response_k: Array  # [U, K, N, H, C]
     response_v: Array  # [U, K, N, C, H]
 
 
 Cache = list[LayerCache]
+K_AXIS, V_AXIS = 4, 3  # the response's columns
+
+
+def columns_of(cache: Cache) -> int:
+    """C, how many response tokens of a lane it holds."""
+    return cache[0].response_v.shape[V_AXIS]
 
 
 def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
-    """Parameters as this module takes them: in `compute.dtype`, a list of layers."""
+    """Parameters as this module takes them: in `compute.dtype`, a list of layers, a head [D, V].
+
+    A product with few rows is faster with such a head, and a tied one is another array.
+    """
     params = cast(params, compute.dtype)
     layers = [jax.tree.map(itemgetter(i), params["layers"]) for i in range(config.num_layers)]
     # A sum over parts of the hidden side would exchange whole logits for every token.
-    place = partial(constrain, axes=("ids", "features"), mesh=compute.mesh)
-    tables = {name: place(params[name]) for name in ("embed", "head") if name in params}
-    return {**params, **tables, "layers": layers}
+    embed = constrain(params["embed"], ("ids", "features"), compute.mesh)
+    head = constrain(model.head(params, config).T, ("features", "ids"), compute.mesh)
+    return {**params, "embed": embed, "head": head, "layers": layers}
 
 
 def prefill(
@@ -50,8 +62,8 @@ def prefill(
     """Runs prompts i32[U, S], left-padded, once.
 
     Returns:
-      The last hidden state [U, D], after the final norm; keys and values of each layer,
-      [U, K, S, H].
+      The last hidden state [U, D], after the final norm; keys [U, K, H, S] and values [U, K, S, H]
+      of each layer.
     """
     U, S = prompt.shape
     position = jnp.arange(S)[None] - (S - prompt_length)[:, None]
@@ -60,7 +72,7 @@ def prefill(
 
     def attend(q, k, v):
         values = attention(q, k, v, segment, none, mesh=compute.mesh)
-        return values, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return values, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
     x, kept = place(params["embed"][prompt]), []
     for layer in params["layers"]:
@@ -75,11 +87,15 @@ def empty_cache(
 ) -> Cache:
     """A cache of zeros for prompts of `width` tokens and responses of up to `columns`."""
     K, H = config.num_kv_heads, config.head_dim
-    prompt, response = (slots, K, width, H), (slots, K, lanes, columns, H)
+    shapes = LayerCache(
+        prompt_k=(slots, K, H, width),
+        prompt_v=(slots, K, width, H),
+        response_k=(slots, K, lanes, H, columns),
+        response_v=(slots, K, lanes, columns, H),
+    )
 
     def layer():
-        cache = (jnp.zeros(shape, compute.dtype) for shape in (prompt, prompt, response, response))
-        return _place(LayerCache(*cache), compute)
+        return _place(LayerCache(*(jnp.zeros(shape, compute.dtype) for shape in shapes)), compute)
 
     return [layer() for _ in range(config.num_layers)]
 
@@ -98,14 +114,15 @@ def fill(cache: Cache, slots: Array, prompts: list[tuple[Array, Array]], compute
 
 def grow(cache: Cache, column: Array, columns: int, compute: Compute) -> tuple[Cache, Array]:
     """More columns for the responses, in the order of time; and the next column to write."""
-    C = cache[0].response_k.shape[3]
+    C = columns_of(cache)
 
-    def widen(x):
-        x = jnp.roll(x, -column, axis=3)
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, columns - C), (0, 0)])
+    def widen(x, axis):
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, columns - C)
+        return jnp.pad(jnp.roll(x, -column, axis), padding)
 
     def layer(cache):
-        k, v = widen(cache.response_k), widen(cache.response_v)
+        k, v = widen(cache.response_k, K_AXIS), widen(cache.response_v, V_AXIS)
         return _place(cache._replace(response_k=k, response_v=v), compute)
 
     return [layer(old) for old in cache], jnp.int32(C)
@@ -132,7 +149,7 @@ def decode(
     Returns:
       Hidden states [U, N, D] after the final norm, and the new cache.
     """
-    S, C = cache[0].prompt_k.shape[2], cache[0].response_k.shape[3]
+    S, C = cache[0].prompt_v.shape[2], columns_of(cache)
     in_prompt = jnp.arange(S)[None] >= (S - prompt_length)[:, None]
     age = (column - jnp.arange(C)) % C
     in_response = age[None, None] <= t[..., None]
@@ -152,28 +169,27 @@ def decode(
 def logits(params: Params, hidden: Array, config: ModelConfig, compute: Compute) -> Array:
     """float32 logits [U, N, V] of hidden states [U, N, D]."""
     hidden = constrain(hidden, ("replicas", "lanes", "features"), compute.mesh)
-    out = constrain(
-        model.logits(params, hidden, config), ("replicas", "lanes", "ids"), compute.mesh
-    )
+    out = vocabulary.logits(hidden, params["head"].T, config.num_tokens)
+    out = constrain(out, ("replicas", "lanes", "ids"), compute.mesh)
     return constrain(out, ("rows", "lanes", "vocabulary"), compute.mesh)
 
 
 def _attend(q, k, v, cache: LayerCache, column, seen, compute):
     """Attention of q [U, N, Q, H] to the prompt and to what its lane has written, k and v last."""
-    (U, N, Q, H), K, S = q.shape, k.shape[2], cache.prompt_k.shape[2]
+    (U, N, Q, H), K, S = q.shape, k.shape[2], cache.prompt_v.shape[2]
 
-    def write(old, new):
-        new = new.swapaxes(1, 2)[:, :, :, None]
-        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=3)
+    def write(old, new, axis):
+        new = jnp.expand_dims(new.swapaxes(1, 2), axis)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis)
 
-    cache = cache._replace(
-        response_k=write(cache.response_k, k), response_v=write(cache.response_v, v)
-    )
-    cache = _place(cache, compute)
+    k, v = write(cache.response_k, k, K_AXIS), write(cache.response_v, v, V_AXIS)
+    cache = _place(cache._replace(response_k=k, response_v=v), compute)
+    # Without it XLA may merge the write with what reads it, and copy the cache for every token.
+    cache = jax.lax.optimization_barrier(cache)
     q = (q * H**-0.5).reshape(U, N, K, Q // K, H).swapaxes(1, 2)
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    to_prompt = einsum("uknrh,uksh->uknrs", q, cache.prompt_k)
-    to_response = einsum("uknrh,uknch->uknrc", q, cache.response_k)
+    to_prompt = einsum("uknrh,ukhs->uknrs", q, cache.prompt_k)
+    to_response = einsum("uknrh,uknhc->uknrc", q, cache.response_k)
     scores = jnp.concatenate([to_prompt, to_response], axis=-1)
     share = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1).astype(v.dtype)
     out = einsum("uknrs,uksh->uknrh", share[..., :S], cache.prompt_v)
@@ -183,6 +199,10 @@ def _attend(q, k, v, cache: LayerCache, column, seen, compute):
 
 def _place(cache: LayerCache, compute: Compute) -> LayerCache:
     """Slots over the devices that split rows, heads over those that split heads."""
-    names = ("rows", "heads", "lanes", "columns", "head_dim")
-    axes = (names[:2] + names[3:],) * 2 + (names,) * 2
+    axes = LayerCache(
+        prompt_k=("rows", "heads", "head_dim", "columns"),
+        prompt_v=("rows", "heads", "columns", "head_dim"),
+        response_k=("rows", "heads", "lanes", "head_dim", "columns"),
+        response_v=("rows", "heads", "lanes", "columns", "head_dim"),
+    )
     return LayerCache(*map(partial(constrain, mesh=compute.mesh), cache, axes))

@@ -193,17 +193,22 @@ def linear(x: Array, layer: Params, name: str, config: ModelConfig) -> Array:
     Returns:
       [..., *outputs].
     """
-    inputs = range(LINEAR[name])
-    # Last axis first: another order of summation would round differently.
-    axes = [-1 - i for i in inputs], list(reversed(inputs))
-    product = partial(jnp.tensordot, x, axes=axes)
+    leading = x.shape[: x.ndim - LINEAR[name]]
+    outputs = layer[name].shape[LINEAR[name] :]
+    # As matrices: of more axes XLA writes some gradients out transposed, which takes CPUs longer
+    # than the products.
+    x = x.reshape(math.prod(leading), -1)
+
+    def product(weight):
+        return x @ weight.reshape(x.shape[1], -1)
+
     y = product(layer[name])
     if f"{name}_bias" in layer:
-        y += jnp.broadcast_to(layer[f"{name}_bias"], y.shape)
+        y += jnp.broadcast_to(layer[f"{name}_bias"].reshape(-1), y.shape)
     if f"{name}_a" in layer:
         a, b = (layer[f"{name}_{factor}"].astype(x.dtype) for factor in "ab")
-        y += config.lora.scale * jnp.tensordot(product(a), b, 1)
-    return y
+        y += config.lora.scale * (product(a) @ b.reshape(len(b), -1))
+    return y.reshape(*leading, *outputs)
 
 
 def block(x: Array, layer: Params, positions: Array, attend, config: ModelConfig):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_sd import decoding, sharding
+from jaxrl_sd.decoding import columns_of
 from jaxrl_sd.model import PLAIN, Compute, ModelConfig
 from jaxrl_sd.types import Array, Params
 from jaxrl_sd.vocabulary import MASKED
@@ -112,7 +113,7 @@ def sample(
         state, free, full = advance(params, key, state, refill or slots, **static)
         free, full = jax.device_get((free, full))
         if full:
-            state = grow(state, columns=min(2 * _columns(state), T), compute=compute)
+            state = grow(state, columns=min(2 * columns_of(state.cache), T), compute=compute)
         elif refill:
             new = np.minimum(P - waiting + np.arange(at_a_time), P - 1)
             places = np.full(at_a_time, slots)  # none
@@ -132,10 +133,6 @@ def prompt_width(longest: int, limit: int) -> int:
 def first_columns(max_response: int) -> int:
     """The response cache's first width, which is doubled up to three times."""
     return min(max(NARROWEST, -(-max_response // 8)), max_response)
-
-
-def _columns(state: State) -> int:
-    return state.cache[0].response_k.shape[3]
 
 
 unstack = jax.jit(decoding.unstack, static_argnames=("config", "compute"))
@@ -255,7 +252,7 @@ def advance(
 
     def look(state):
         busy = state.sample < G
-        return ~busy.any(axis=-1), (busy & (state.t == _columns(state))).any()
+        return ~busy.any(axis=-1), (busy & (state.t == columns_of(state.cache))).any()
 
     def going(state):
         free, full = look(state)
@@ -304,7 +301,7 @@ def _step(
     following = state.sample.max(axis=-1, keepdims=True) + jnp.cumsum(ended, axis=-1)
     return state.replace(
         cache=cache,
-        column=(state.column + 1) % _columns(state),
+        column=(state.column + 1) % columns_of(state.cache),
         sample=jnp.where(ended, following, state.sample),
         t=jnp.where(ended, 0, t + 1),
         hidden=jnp.where(ended[..., None], state.first[:, None], hidden),

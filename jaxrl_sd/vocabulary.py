@@ -47,6 +47,8 @@ def _product(subscripts: str, a: Array, b: Array) -> Array:
 
 
 def _mask(z: Array, num_tokens: int) -> Array:
+    if z.shape[-1] == num_tokens:
+        return z
     known = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) < num_tokens
     return jnp.where(known, z, MASKED)
 

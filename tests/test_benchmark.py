@@ -16,6 +16,7 @@ from experiments.benchmarks import (
     flatness,
     groups,
     head,
+    jobs,
     methods,
     padding,
     peers,
@@ -34,7 +35,9 @@ from jaxrl_sd.types import InputError
 MEASURED = {
     "ceilings": ceilings.measure,
     "head": head.measure,
-    "updates": partial(methods.updates, methods={"SDPG": METHODS["sdpg"]()}),
+    "updates": partial(
+        methods.updates, setting="plain", grpo=jobs.GRPO, methods={"SDPG": METHODS["sdpg"]()}
+    ),
     "groups": groups.measure,
     "efficiency": efficiency.measure,
     "flatness": partial(flatness.measure, phases=("score", "sampling")),

@@ -67,7 +67,7 @@ def test_lanes_at_different_tokens_on_a_ring_equal_whole_sequences(params, rows,
     prompt, response = rows
     decoder, late = Decoder(params, columns=T), np.array([0, 2])
     decoder.cache = jax.tree.map(lambda x: x + 5, decoder.cache)  # what was there is not seen
-    np.testing.assert_allclose(decoder.fill(prompt), want[:, 0, 0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(decoder.fill(prompt), want[:, 0, 0], rtol=1e-5, atol=1e-5)
     for step in range(T + 1):
         t = np.broadcast_to(np.maximum(step - late, 0) % T, (U, N))
         token = np.take_along_axis(response, t[..., None], axis=-1)[..., 0]
@@ -75,7 +75,7 @@ def test_lanes_at_different_tokens_on_a_ring_equal_whole_sequences(params, rows,
         for n in range(N):
             if 0 <= step - late[n] < T - 1:
                 expected = want[:, n, step - late[n] + 1]
-                np.testing.assert_allclose(hidden[:, n], expected, rtol=0, atol=1e-5)
+                np.testing.assert_allclose(hidden[:, n], expected, rtol=1e-5, atol=1e-5)
     assert abs(want[:, 0, 1:] - want[:, 1, 1:]).max() > 0.1  # lanes do differ
 
 
@@ -87,10 +87,10 @@ def test_a_cache_that_grows_keeps_what_it_has(params, rows, want):
         if t == 3:
             cache, column = decoding.grow(decoder.cache, jnp.int32(1), T, decoder.compute)
             decoder.cache = cache
-            assert column == 3 and cache[0].response_k.shape == (U, 2, N, T, 8)
+            assert column == 3 and decoding.columns_of(cache) == T
         hidden = decoder.step(response[:, :, t], np.full((U, N), t), column)
         column = (column + 1) % (3 if t < 3 else T)
-        np.testing.assert_allclose(hidden, want[:, :, t + 1], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(hidden, want[:, :, t + 1], rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_goes_to_its_slot_and_to_no_other(params, rows):

@@ -14,7 +14,10 @@ AIMS = {"float32": (0.6, 0.5), "bfloat16": (0.45, 0.6)}  # of update and decodin
 
 def measure(scale: Scale) -> list[Row]:
     """Shares of the ceilings; work is counted as in work.py, rematerialisation is not."""
-    return [of_update(scale), *of_decoding(scale)]
+    rows = [of_update(scale)]
+    for shape in scale.decode:
+        rows += of_decoding(scale, shape)
+    return rows
 
 
 def of_update(scale: Scale) -> Row:
@@ -36,12 +39,12 @@ def of_update(scale: Scale) -> Row:
     )
 
 
-def of_decoding(scale: Scale) -> list[Row]:
+def of_decoding(scale: Scale, shape: work.Shape) -> list[Row]:
     """The roofline of all tokens but the first, over the time that they take.
 
     That is the difference between sampling T tokens and sampling one.
     """
-    dtype, shape, found = scale.compute.dtype, scale.decode, ceilings.find(scale)
+    dtype, found = scale.compute.dtype, ceilings.find(scale)
     functions = {
         "all": sampling(scale.model, shape, scale.compute),
         "first": sampling(scale.model, shape._replace(response=1), scale.compute),
@@ -55,16 +58,17 @@ def of_decoding(scale: Scale) -> list[Row]:
     read = sum(work.decode_bytes(scale.model, shape, t, item) for t in range(1, shape.response))
     return [
         Row(
-            "decoding: roofline over time",
+            f"decoding {shape.rows} rows: roofline over time",
             least / best,
             "%",
             (">=", AIMS[dtype][1]),
             *(least / max(taken), least / min(taken)),
-            f"{best / (shape.response - 1) * 1e3:.1f} ms a token of {shape.rows} rows; "
-            f"{describe(scale, shape)}",
+            f"{best / (shape.response - 1) * 1e3:.1f} ms a token; {describe(scale, shape)}",
         ),
         Row(
-            "decoding: bytes needed over time, of the bandwidth", read / best / found.bandwidth, "%"
+            f"decoding {shape.rows} rows: bytes needed over time, of the bandwidth",
+            read / best / found.bandwidth,
+            "%",
         ),
     ]
 

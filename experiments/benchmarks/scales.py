@@ -28,7 +28,7 @@ class Scale(NamedTuple):
     megabytes: int  # of an array that no cache holds
     head: Head
     update: Shape
-    decode: Shape
+    decode: tuple[Shape, ...]
     methods: Shape
     groups: Shape
     flat: Shape
@@ -41,17 +41,17 @@ PAPER_HEAD = Head(151_936, 1024, 512, (1024, 16_384))
 CPU = Scale(
     model=SMALL,
     light=MEDIUM,
-    compute=Compute(dtype="float32", remat="none", chunk=512),
+    compute=Compute(dtype="float32", remat="none", chunk=4096),
     matmul=(1024, 2048, 4096),
     megabytes=256,
     head=PAPER_HEAD,
     update=Shape(4, 8, 64, 64),
-    decode=Shape(4, 8, 64, 64),
-    methods=Shape(4, 8, 64, 64),
+    decode=(Shape(1, 8, 64, 64), Shape(4, 8, 64, 64), Shape(16, 8, 64, 64)),
+    methods=Shape(2, 8, 64, 192),
     groups=Shape(4, 8, 512, 64),
-    flat=Shape(1, 8, 64, 128),
+    flat=Shape(2, 8, 64, 128),
     longer=8,
-    steps=5,
+    steps=10,
     repetitions=5,
 )
 ACCELERATOR = Scale(
@@ -62,12 +62,12 @@ ACCELERATOR = Scale(
     megabytes=4096,
     head=PAPER_HEAD,
     update=Shape(4, 8, 512, 1024),
-    decode=Shape(8, 8, 512, 512),
+    decode=(Shape(8, 8, 512, 512), Shape(32, 8, 512, 512)),
     methods=Shape(2, 8, 256, 512),
     groups=Shape(8, 8, 512, 64),
     flat=Shape(4, 8, 128, 512),
     longer=8,
-    steps=5,
+    steps=10,
     repetitions=5,
 )
 TOY_SCALE = Scale(
@@ -78,7 +78,7 @@ TOY_SCALE = Scale(
     megabytes=1,
     head=Head(512, 32, 16, (64, 128)),
     update=Shape(1, 2, 4, 4),
-    decode=Shape(1, 2, 4, 4),
+    decode=(Shape(1, 2, 4, 4),),
     methods=Shape(1, 2, 4, 4),
     groups=Shape(1, 2, 4, 4),
     flat=Shape(1, 2, 4, 4),
