@@ -35,13 +35,15 @@ def main(arguments):
 
     for name in TOPOLOGY.value:
         topology = tpu.slice_of(name, math.prod(config.mesh.values()))
-        reports = compile_all(config, topology)
-        if OUTPUT.value:
-            write(Path(OUTPUT.value), config, topology, reports)
+        reports = []
+        for report in compile_all(config, topology):
+            reports.append(report)
+            if OUTPUT.value:
+                write(Path(OUTPUT.value), config, topology, reports)
 
 
 def compile_all(config, topology):
-    """A report of each function, each printed as soon as it is there."""
+    """A report of each function, printed as soon as it is there."""
     from jaxrl_sd import abstract, tpu
 
     mesh = tpu.make_mesh(topology, **config.mesh)
@@ -49,17 +51,16 @@ def compile_all(config, topology):
     for name in FUNCTIONS.value:
         if name not in calls:
             raise InputError(f"--functions: expected some of {list(calls)}, got {name!r}")
-    reports = []
     for name in FUNCTIONS.value or calls:
         start, call = time.perf_counter(), calls[name]()
         resident = tpu.bytes_of(call.beside)
-        reports.append(tpu.report(name, call.lower(), topology, resident, call.trips, kernel))
-        print(tpu.table(reports[-1:]) + f"{time.perf_counter() - start:.0f} s\n", flush=True)
-    return reports
+        report = tpu.report(name, call.lower(), topology, resident, call.trips, kernel)
+        print(tpu.table([report]) + f"{time.perf_counter() - start:.0f} s\n", flush=True)
+        yield report
 
 
 def write(folder, config, topology, reports):
-    """Adds the reports to the folder, and writes its table anew."""
+    """Puts the reports of a configuration into the folder, and writes its table anew."""
     from jaxrl_sd import tpu
 
     folder.mkdir(parents=True, exist_ok=True)

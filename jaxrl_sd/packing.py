@@ -1,9 +1,9 @@
 """Packs the rows of a batch into streams of tokens, so that hardly any computed token is padding.
 
-A micro-batch is one stream of fixed size on each device, filled with whole rows: each prompt once,
-however many responses to it there are, and the responses back to back. All micro-batches have one
-shape, so everything is compiled once; how many a step has follows from its lengths. Student and
-teachers read the same rows, each after its own prompts. Host code, on numpy arrays.
+A micro-batch is one stream on each device, filled with whole rows: each prompt once, however many
+responses to it there are, and the responses back to back. How many micro-batches an update has
+follows from its lengths. They have one shape, out of a few, for which everything is compiled once.
+Student and teachers read the same rows, each after its own prompts. Host code, on numpy arrays.
 
 B rows, N tokens of a stream, C prefix keys, M response tokens, W rows of a stream, R streams.
 """
@@ -20,6 +20,8 @@ from jaxrl_sd.vocabulary import STUDENT
 
 TILE = 128  # what kernels on accelerators work in: sizes of streams are multiples of it
 NO_SEGMENT = 2**30
+SHAPES = 16  # of a stream to choose from
+STEP = 512  # tokens: a shape that is less smaller does not pay for being compiled
 
 
 class Prompts(NamedTuple):
@@ -42,6 +44,16 @@ class Sizes(NamedTuple):
     streams: Mapping[str, Size]  # by model
     responses: int  # M, in tokens
     rows: int  # W
+
+    def room(self) -> np.ndarray:
+        """All numbers, (N, C) of each model, then M and W: what a row needs some of."""
+        return np.array([x for size in self.streams.values() for x in size] + [*self[1:]])
+
+    def of(self, room: np.ndarray) -> "Sizes":
+        """Other numbers for the same models."""
+        *pairs, responses, rows = room.tolist()
+        streams = {n: Size(*pairs[2 * i : 2 * i + 2]) for i, n in enumerate(self.streams)}
+        return Sizes(streams, responses, rows)
 
 
 def sizes(prompts: Mapping[str, Prompts], group_size: int, max_response: int, tokens: int) -> Sizes:
@@ -76,8 +88,11 @@ def _round_up(x: float) -> int:
 def pack(batch: Batch, sizes: Sizes, num_streams: int, rows: Sequence[int]) -> list[Part]:
     """Micro-batches of some rows of a batch, at least one.
 
+    They are as few as `sizes` allows, and then as small as that leaves them.
+
     Args:
       batch: rollouts and hints, on the host. Rows of which no token trains are left out.
+      sizes: what a stream may have room for.
       num_streams: R, a stream for each device that has rows of its own.
       rows: of the batch.
 
@@ -88,13 +103,59 @@ def pack(batch: Batch, sizes: Sizes, num_streams: int, rows: Sequence[int]) -> l
     length = _lengths(r.mask_t)
     prompts = {STUDENT: _read(r), **{name: _read(hints) for name, hints in batch.hints.items()}}
     chosen = [row for row in rows if length[row]]
-    bins = assign(prompts, length, sizes, chosen)
-    bins += [[]] * (-len(bins) % num_streams if bins else num_streams)
+    bins, sizes = spread(prompts, length, sizes, num_streams, chosen)
     streams = [_pack_stream(rows, prompts, r.response, length, sizes) for rows in bins]
     return [
         jax.tree.map(lambda *x: np.stack(x), *streams[i : i + num_streams])
         for i in range(0, len(streams), num_streams)
     ]
+
+
+def spread(
+    prompts: Mapping[str, Sequence[bytes]],
+    length: np.ndarray,
+    sizes: Sizes,
+    num_streams: int,
+    rows: Sequence[int],
+) -> tuple[list[list[int]], Sizes]:
+    """The rows of each stream, of which there is a multiple of `num_streams`, and their sizes.
+
+    Args:
+      prompts, length, rows: as `assign` takes them.
+      sizes: the largest.
+
+    Raises:
+      ValueError: as `assign`.
+    """
+    bins, used = assign(prompts, length, sizes, rows)
+    if not bins:
+        return [[]] * num_streams, sizes
+    num, largest = -(-len(bins) // num_streams) * num_streams, sizes.room()
+    step = np.maximum(-(-largest // SHAPES // TILE) * TILE, STEP)
+    step[-1] = largest[-1]
+
+    def rounded(used: np.ndarray) -> np.ndarray:
+        return np.minimum(-(-np.maximum(used, 1) // step) * step, largest)
+
+    room = rounded(used.max(axis=0))
+    # With the least room for which there are no more streams, all are filled alike.
+    for i in range(0, len(room) - 1, 2):  # tokens of each model, responses
+        for tokens in range(rounded(used.sum(axis=0) // num)[i], room[i], step[i]):
+            try:
+                evenly = assign(prompts, length, sizes.of(_replace(room, i, tokens)), rows)
+            except ValueError:  # the longest row does not fit
+                continue
+            if len(evenly[0]) <= num:
+                bins, used = evenly
+                room = rounded(used.max(axis=0))
+                break
+    return bins + [[]] * (num - len(bins)), sizes.of(room)
+
+
+def _replace(x: np.ndarray, i: int, value: int) -> np.ndarray:
+    x = x.copy()
+    x[i] = value
+    return x
 
 
 def _lengths(mask_t: np.ndarray) -> np.ndarray:
@@ -112,7 +173,7 @@ def _read(shown: Rollouts | Hints) -> list[bytes]:
 
 def assign(
     prompts: Mapping[str, Sequence[bytes]], length: np.ndarray, sizes: Sizes, rows: Iterable[int]
-) -> list[list[int]]:
+) -> tuple[list[list[int]], np.ndarray]:
     """The rows of each stream: those of the largest groups first, and the longest of them.
 
     A row joins a stream that has its prompt, or else the first in which it fits (first-fit
@@ -122,12 +183,14 @@ def assign(
       prompts: of every row, by model.
       length: i[B], of the responses.
 
+    Returns:
+      The rows of each stream, and what they take of its room, i[streams, numbers of `Sizes.room`].
+
     Raises:
       ValueError: a row does not fit into an empty stream.
     """
     rows, bins = list(rows), []
-    names = list(sizes.streams)
-    room = np.array([x for name in names for x in sizes.streams[name]] + [*sizes[1:]])
+    names, room = list(sizes.streams), sizes.room()
     free = np.tile(room, (len(rows), 1))  # [streams, resources]
     holders = {name: defaultdict(list) for name in names}  # streams that have a prompt
     for row in _largest_first(prompts[STUDENT], length, rows):
@@ -154,7 +217,7 @@ def assign(
         for name in names:
             if j not in holders[name][own[name]]:
                 holders[name][own[name]].append(j)
-    return bins
+    return bins, room - free[: len(bins)]
 
 
 def _largest_first(prompts: Sequence[bytes], length: np.ndarray, rows: list[int]) -> list[int]:

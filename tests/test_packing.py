@@ -159,15 +159,55 @@ def test_padding_is_what_is_not_computed_for_anybody(name):
     )
 
 
+def rows_of(lengths, owner):
+    """Prompts of 10 tokens, of which those of one owner are equal, for `packing.spread`."""
+    prompts = [np.full(10, p, np.int32).tobytes() for p in owner]
+    return {STUDENT: prompts}, np.array(lengths), range(len(lengths))
+
+
+def test_streams_are_filled_alike():
+    """8 rows fit into a stream, so 10 take two, which then have 5 each and need less room."""
+    prompts, length, rows = rows_of([1000] * 10, range(10))
+    sizes = Sizes({STUDENT: Size(8192, 4096)}, 8192, 10)
+    bins, narrow = packing.spread(prompts, length, sizes, 2, rows)
+    assert sorted(map(len, bins)) == [5, 5] and sorted(itertools.chain(*bins)) == [*rows]
+    assert narrow == Sizes({STUDENT: Size(5120, 512)}, 5120, 10)
+    alone, wide = packing.spread(prompts, length, sizes, 1, rows)
+    assert (len(alone), wide) == (2, narrow)
+
+
+def test_a_stream_is_as_wide_as_its_longest_row():
+    prompts, length, rows = rows_of([6000] + [100] * 3, range(4))
+    sizes = Sizes({STUDENT: Size(8192, 4096)}, 8192, 8)
+    bins, narrow = packing.spread(prompts, length, sizes, 4, rows)
+    assert sorted(map(len, bins), reverse=True)[-1] == 0 and narrow.streams[STUDENT].tokens == 6144
+
+
+def test_a_teacher_gets_the_room_that_it_needs():
+    prompts, length, rows = rows_of([500] * 8, [0] * 8)
+    prompts |= {"teacher": [np.zeros(1000, np.int32).tobytes()] * 8}
+    sizes = Sizes({STUDENT: Size(4096, 4096), "teacher": Size(16384, 16384)}, 4096, 8)
+    bins, narrow = packing.spread(prompts, length, sizes, 1, rows)
+    assert len(bins) == 1
+    assert narrow.streams == {STUDENT: Size(4096, 512), "teacher": Size(5120, 8192)}
+
+
+def test_short_streams_keep_their_shape():
+    prompts, length, rows = rows_of([20] * 5, range(5))
+    sizes = Sizes({STUDENT: Size(512, 256)}, 512, 64)
+    assert packing.spread(prompts, length, sizes, 4, rows)[1] == sizes
+
+
+@pytest.mark.parametrize("streams", [1, 32])
 @pytest.mark.parametrize("seed", range(3))
-def test_long_tails_leave_little_padding(seed):
+def test_long_tails_leave_little_padding(seed, streams):
     """Log-normal lengths with a mean of 30% of what may be; at most 10% of the tokens pad."""
     rng = np.random.default_rng(seed)
     length = np.clip(rng.lognormal(np.log(1000), 0.6, 64 * 8), 20, 4096).astype(int)
     prompts = [np.full(rng.integers(60, 400), p, np.int32).tobytes() for p in range(64)]
     prompts = {STUDENT: [prompts[b // 8] for b in range(64 * 8)]}
-    sizes = packing.sizes({STUDENT: Prompts(1024, True)}, 8, 4096, 8192)
-    bins = packing.assign(prompts, length, sizes, range(64 * 8))
+    sizes = packing.sizes({STUDENT: Prompts(1024, True)}, 8, 4096, 3 * 5120)
+    bins, sizes = packing.spread(prompts, length, sizes, streams, range(64 * 8))
     necessary = (length - 1).sum() + sum(len(x) // 4 for x in prompts[STUDENT][::8])
     assert sorted(itertools.chain(*bins)) == list(range(64 * 8))
     assert necessary > 0.9 * len(bins) * sizes.streams[STUDENT].tokens

@@ -51,12 +51,14 @@ def hold_out(c: ConfigDict, benchmark: str, every: int, samples: int) -> None:
 
 
 def spread(c: ConfigDict, devices: int, tensor: int = 1, slots: int = 0) -> None:
-    """Weights over all devices; a stream at a time on each, as long as the longest row.
+    """Weights over all devices; on each, a stream with room for three of the longest rows.
 
-    Reckoned to fit 31 GB a device. Of few settings it was seen that they compile for a TPU and fit
-    (README.md); experiments/compile_for_tpu.py says it of any.
+    Of such streams at most 10% is padding, see `experiments.benchmark --only=padding`. README.md
+    says of which TPUs it was seen that it compiles and fits; experiments/compile_for_tpu.py says it
+    of any.
     """
     c.mesh.fsdp, c.mesh.tensor = devices // tensor, tensor
     c.rollout.slots = slots
-    c.compute.tokens, c.compute.chunk = c.rollout.max_prompt + c.rollout.max_response, 512
+    c.compute.tokens = 3 * (c.rollout.max_prompt + c.rollout.max_response)
+    c.compute.chunk = 512
     c.compute.dtype, c.compute.remat = "bfloat16", "layer"
