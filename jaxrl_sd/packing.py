@@ -130,32 +130,47 @@ def spread(
     bins, used = assign(prompts, length, sizes, rows)
     if not bins:
         return [[]] * num_streams, sizes
-    num, largest = -(-len(bins) // num_streams) * num_streams, sizes.room()
-    step = np.maximum(-(-largest // SHAPES // TILE) * TILE, STEP)
-    step[-1] = largest[-1]
-
-    def rounded(used: np.ndarray) -> np.ndarray:
-        return np.minimum(-(-np.maximum(used, 1) // step) * step, largest)
-
-    room = rounded(used.max(axis=0))
+    num, ladder = -(-len(bins) // num_streams) * num_streams, _Ladder(sizes)
+    level = ladder.lowest(used.max(axis=0))
     # With the least room for which there are no more streams, all are filled alike.
-    for i in range(0, len(room) - 1, 2):  # tokens of each model, responses
-        for tokens in range(rounded(used.sum(axis=0) // num)[i], room[i], step[i]):
+    for i, even in enumerate(ladder.lowest(used.sum(axis=0) // num)):
+        for lower in range(even, level[i], -1):
+            smaller = ladder.sizes(np.where(np.arange(len(level)) == i, lower, level))
             try:
-                evenly = assign(prompts, length, sizes.of(_replace(room, i, tokens)), rows)
+                evenly = assign(prompts, length, smaller, rows)
             except ValueError:  # the longest row does not fit
                 continue
             if len(evenly[0]) <= num:
                 bins, used = evenly
-                room = rounded(used.max(axis=0))
+                level = ladder.lowest(used.max(axis=0))
                 break
-    return bins + [[]] * (num - len(bins)), sizes.of(room)
+    return bins + [[]] * (num - len(bins)), ladder.sizes(level)
 
 
-def _replace(x: np.ndarray, i: int, value: int) -> np.ndarray:
-    x = x.copy()
-    x[i] = value
-    return x
+class _Ladder:
+    """The shapes that a micro-batch may have: each model's sizes, so many steps below the largest.
+
+    Prefix keys follow tokens, and so do the student's responses.
+    """
+
+    def __init__(self, largest: Sizes):
+        self.largest, self.room = largest, largest.room()
+        self.model = np.arange(len(self.room)) // 2  # whose number it is
+        self.model[-2:] = [*largest.streams].index(STUDENT)
+        tokens = self.room[2 * self.model]
+        step = np.maximum(-(-tokens // SHAPES // TILE) * TILE, STEP)
+        self.step = self.room * step // tokens // TILE * TILE
+        self.step[-1] = 0  # rows
+
+    def sizes(self, level: np.ndarray) -> Sizes:
+        """Those of a level of each model, 0 for the largest."""
+        return self.largest.of(self.room - level[self.model] * self.step)
+
+    def lowest(self, used: np.ndarray) -> np.ndarray:
+        """The level of each model that has just the room for that."""
+        steps = np.maximum(self.step, 1)
+        spare = np.where(self.step > 0, (self.room - np.maximum(used, 1)) // steps, SHAPES)
+        return np.array([spare[self.model == i].min() for i in range(self.model.max() + 1)])
 
 
 def _lengths(mask_t: np.ndarray) -> np.ndarray:

@@ -1,13 +1,14 @@
-"""Settings of every test: eight CPU devices, and no silent broadcast between ranks."""
+"""Settings of every test: eight CPU devices, quick compilation, no silent broadcast of ranks."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# Read once, when JAX starts its CPU backend; so before anything imports jax.
-DEVICES = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+# Read once, when JAX starts its CPU backend; so before anything imports jax. Tests compile
+# for longer than they compute.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 # What one test has compiled no other compiles again, in this process or one that it starts.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

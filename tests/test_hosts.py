@@ -16,7 +16,7 @@ from jaxrl_sd import hosts, metrics
 from jaxrl_sd.train import train
 
 CONFIG = Path(__file__).with_name("hosts_config.py")
-DEVICES = "--xla_force_host_platform_device_count=4"
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 ENDS_WITHIN = 60.0  # seconds after another process ended
 
 
@@ -58,7 +58,7 @@ def start(log: Path, *arguments: str) -> subprocess.Popen:
             stdout=file,
             stderr=file,
             # The runs of a test share what they compile, as those of a user do.
-            env=os.environ | {"XLA_FLAGS": DEVICES, "XDG_CACHE_HOME": str(log.parent)},
+            env=os.environ | {"XLA_FLAGS": FLAGS, "XDG_CACHE_HOME": str(log.parent)},
         )
 
 

@@ -171,7 +171,7 @@ def test_streams_are_filled_alike():
     sizes = Sizes({STUDENT: Size(8192, 4096)}, 8192, 10)
     bins, narrow = packing.spread(prompts, length, sizes, 2, rows)
     assert sorted(map(len, bins)) == [5, 5] and sorted(itertools.chain(*bins)) == [*rows]
-    assert narrow == Sizes({STUDENT: Size(5120, 512)}, 5120, 10)
+    assert narrow == Sizes({STUDENT: Size(5120, 2560)}, 5120, 10)
     alone, wide = packing.spread(prompts, length, sizes, 1, rows)
     assert (len(alone), wide) == (2, narrow)
 
@@ -186,10 +186,10 @@ def test_a_stream_is_as_wide_as_its_longest_row():
 def test_a_teacher_gets_the_room_that_it_needs():
     prompts, length, rows = rows_of([500] * 8, [0] * 8)
     prompts |= {"teacher": [np.zeros(1000, np.int32).tobytes()] * 8}
-    sizes = Sizes({STUDENT: Size(4096, 4096), "teacher": Size(16384, 16384)}, 4096, 8)
+    sizes = Sizes({STUDENT: Size(4096, 4096), "teacher": Size(16384, 32768)}, 4096, 8)
     bins, narrow = packing.spread(prompts, length, sizes, 1, rows)
     assert len(bins) == 1
-    assert narrow.streams == {STUDENT: Size(4096, 512), "teacher": Size(5120, 8192)}
+    assert narrow.streams == {STUDENT: Size(4096, 4096), "teacher": Size(5120, 10240)}
 
 
 def test_short_streams_keep_their_shape():

@@ -41,5 +41,5 @@ def get_config():
     c.optimizer.learning_rate, c.optimizer.weight_decay = 1e-6, 0.0
     c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = 0.9, 0.95, 1e-8
     papers.hold_out(c, "aime24", every=100, samples=16)
-    papers.spread(c, devices=32, slots=64)
+    papers.spread(c, devices=32, slots=64, rows=4)
     return c

@@ -50,15 +50,15 @@ def hold_out(c: ConfigDict, benchmark: str, every: int, samples: int) -> None:
     c.evaluation.every, c.evaluation.samples = every, samples
 
 
-def spread(c: ConfigDict, devices: int, tensor: int = 1, slots: int = 0) -> None:
-    """Weights over all devices; on each, a stream with room for three of the longest rows.
+def spread(c: ConfigDict, devices: int, tensor: int = 1, slots: int = 0, rows: int = 3) -> None:
+    """Weights over all devices; on each, a stream with room for so many of the longest rows.
 
-    Of such streams at most 10% is padding, see `experiments.benchmark --only=padding`. README.md
-    says of which TPUs it was seen that it compiles and fits; experiments/compile_for_tpu.py says it
-    of any.
+    With as many as the files here have, at most 10% is padding (`experiments.benchmark
+    --only=padding`). README.md says of which TPUs it was seen that it compiles and fits;
+    experiments/compile_for_tpu.py says it of any.
     """
     c.mesh.fsdp, c.mesh.tensor = devices // tensor, tensor
     c.rollout.slots = slots
-    c.compute.tokens = 3 * (c.rollout.max_prompt + c.rollout.max_response)
+    c.compute.tokens = rows * (c.rollout.max_prompt + c.rollout.max_response)
     c.compute.chunk = 512
     c.compute.dtype, c.compute.remat = "bfloat16", "layer"

@@ -36,5 +36,5 @@ def get_config():
     c.rollout.max_prompt, c.rollout.max_hint_prompt, c.rollout.max_response = 1024, 9728, 8192
     c.optimizer.learning_rate = 1e-6
     papers.hold_out(c, "aime24", every=20, samples=8)
-    papers.spread(c, devices=16, tensor=2)
+    papers.spread(c, devices=16, tensor=2, rows=4)
     return c
