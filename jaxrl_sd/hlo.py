@@ -141,7 +141,7 @@ def cost(text: str, trips: Mapping[str, float] | None = None, kernel: Kernel | N
 
     def _loop(x: Instruction) -> Cost:
         body, condition = (re.search(rf"{key}=%?([\w.\-]+)", x.attributes)[1] for key in LOOP)
-        count, dynamic = _trip_count(x, computations[condition]), frozenset()
+        count, dynamic = _trip_count(x, computations[condition], computations[body]), frozenset()
         if count is None:
             label = _op_name(x)
             found = [n for scope, n in trips.items() if scope in label]
@@ -222,17 +222,37 @@ def _op_name(x: Instruction) -> str:
     return found[1] if found else ""
 
 
-def _trip_count(x: Instruction, condition: Computation) -> float | None:
+def _trip_count(x: Instruction, condition: Computation, body: Computation) -> float | None:
     """How often a loop runs, if it counts from 0 to a constant, as a scan does."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', x.attributes)
     if known:
         return int(known[1])
-    root = next(i for i in condition.values() if i.is_root)
-    limits = [condition[name] for name in root.operands if name in condition]
-    limits = [i for i in limits if i.opcode == "constant" and i.argument.isdigit()]
-    if root.opcode == "compare" and "direction=LT" in root.attributes and limits:
-        return int(limits[0].argument)
-    return None
+    root = _root(condition)
+    limit = _constant(root, condition)
+    if root.opcode != "compare" or "direction=LT" not in root.attributes or limit is None:
+        return None
+    return -(-limit // _step(condition[root.operands[0]], body))
+
+
+def _step(counter: Instruction, body: Computation) -> int:
+    """By how much a loop counts: by more than 1 where XLA has unrolled it."""
+    place = re.search(r"index=(\d+)", counter.attributes)
+    if place is None:
+        return 1
+    following = body.get(_root(body).operands[int(place[1])])
+    added = _constant(following, body) if following and following.opcode == "add" else None
+    return added or 1
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(i for i in computation.values() if i.is_root)
+
+
+def _constant(x: Instruction, others: Computation) -> int | None:
+    """The first of an instruction's operands that is a constant whole number."""
+    operands = (others[name] for name in x.operands if name in others)
+    constants = (i.argument for i in operands if i.opcode == "constant" and i.argument.isdigit())
+    return next(map(int, constants), None)
 
 
 def _product(x: Instruction, others: Computation) -> Cost:

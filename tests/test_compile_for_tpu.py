@@ -41,6 +41,38 @@ def test_products_in_loops_count_as_often_as_they_run():
     assert backward.flops == 3 * 5 * 2 * 8 * 16 * 16  # once forward, twice backward
 
 
+BY_TWOS = """
+%body (p: (s32[], f32[8,16], f32[16,16])) -> (s32[], f32[8,16], f32[16,16]) {
+  %p = (s32[], f32[8,16]{1,0}, f32[16,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[8,16]{1,0} get-tuple-element(%p), index=1
+  %w = f32[16,16]{1,0} get-tuple-element(%p), index=2
+  %y = f32[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (s32[], f32[8,16]{1,0}, f32[16,16]{1,0}) tuple(%next, %y, %w)
+}
+
+%condition (q: (s32[], f32[8,16], f32[16,16])) -> pred[] {
+  %q = (s32[], f32[8,16]{1,0}, f32[16,16]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %limit = s32[] constant(15)
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8,16], f32[16,16])) -> (s32[], f32[8,16], f32[16,16]) {
+  %a = (s32[], f32[8,16]{1,0}, f32[16,16]{1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[8,16]{1,0}, f32[16,16]{1,0}) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_that_counts_by_twos_runs_half_as_often():
+    """As XLA for TPU writes products with weights that arrive piece by piece."""
+    assert hlo.cost(BY_TWOS).flops == 8 * 2 * 8 * 16 * 16
+    assert hlo.cost(BY_TWOS.replace("constant(2)", "constant(1)")).flops == 15 * 2 * 8 * 16 * 16
+
+
 def test_the_flops_outside_of_loops_are_xlas():
     q, k = jnp.ones((4, 32, 6, 8)), jnp.ones((4, 24, 6, 8))
     compiled = jax.jit(partial(jnp.einsum, "bihd,bjhd->bhij")).lower(q, k).compile()
