@@ -150,7 +150,7 @@ def spread(
 class _Ladder:
     """The shapes that a micro-batch may have: each model's sizes, so many steps below the largest.
 
-    Prefix keys follow tokens, and so do the student's responses.
+    Prefix keys follow tokens, and so do responses and rows the student's.
     """
 
     def __init__(self, largest: Sizes):
@@ -160,7 +160,6 @@ class _Ladder:
         tokens = self.room[2 * self.model]
         step = np.maximum(-(-tokens // SHAPES // TILE) * TILE, STEP)
         self.step = self.room * step // tokens // TILE * TILE
-        self.step[-1] = 0  # rows
 
     def sizes(self, level: np.ndarray) -> Sizes:
         """Those of a level of each model, 0 for the largest."""

@@ -36,11 +36,11 @@ MEASURED = {
     "ceilings": ceilings.measure,
     "head": head.measure,
     "updates": partial(
-        methods.updates, setting="plain", grpo=jobs.GRPO, methods={"SDPG": METHODS["sdpg"]()}
+        methods.updates, setting="plain", grpo=jobs.GRPO, methods={"HSD": METHODS["hsd"](beta=0.0)}
     ),
     "groups": groups.measure,
     "efficiency": efficiency.measure,
-    "flatness": partial(flatness.measure, phases=("score", "sampling")),
+    "flatness": partial(flatness.measure, phases=("score",)),
     "padding": lambda scale: padding.of_config("cast_4b"),
 }
 

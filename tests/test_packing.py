@@ -176,6 +176,22 @@ def test_streams_are_filled_alike():
     assert (len(alone), wide) == (2, narrow)
 
 
+def test_streams_do_not_become_more():
+    """Rows of 3000 go in pairs into three streams, which cannot be as short as the mean."""
+    prompts, length, rows = rows_of([3000] * 5, range(5))
+    sizes = Sizes({STUDENT: Size(8192, 4096)}, 8192, 10)
+    bins, narrow = packing.spread(prompts, length, sizes, 1, rows)
+    assert sorted(map(len, bins)) == [1, 2, 2] and narrow.streams[STUDENT].tokens == 6144
+
+
+def test_a_model_is_narrowed_whatever_the_others_need():
+    prompts, length, rows = rows_of([1000] * 10, range(10))
+    prompts |= {"teacher": [np.full(3000, i, np.int32).tobytes() for i in range(10)]}
+    sizes = Sizes({STUDENT: Size(8192, 4096), "teacher": Size(24576, 24576)}, 8192, 10)
+    _, narrow = packing.spread(prompts, length, sizes, 2, rows)
+    assert [size.tokens for size in narrow.streams.values()] == [5120, 21504]
+
+
 def test_a_stream_is_as_wide_as_its_longest_row():
     prompts, length, rows = rows_of([6000] + [100] * 3, range(4))
     sizes = Sizes({STUDENT: Size(8192, 4096)}, 8192, 8)

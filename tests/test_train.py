@@ -24,7 +24,7 @@ from jaxrl_sd.types import InputError, Sample
 
 
 # Those whose host side differs; tests/test_update.py runs every method's device side.
-@pytest.mark.parametrize("name", ["rlsd", "cast", "sc_grpo", "hsd", "dapo", "opd", "sdpo", "sdft"])
+@pytest.mark.parametrize("name", ["rlsd", "cast", "hsd", "dapo", "opd", "sdpo", "sdft"])
 def test_methods_train_through_the_entry_point(tmp_path, name):
     config = small_config(tmp_path, method__name=name)
     if name == "opd":
