@@ -213,14 +213,14 @@ def summary(records: Sequence[Mapping[str, Any]]) -> str:
     for record in records:
         of = {r["function"]: r for r in record["functions"]}
         worst = max(of.values(), key=lambda r: (not r["fits"], r["total"]))
-        times = [of[name]["roofline_s"] if name in of else math.nan for name in SHOWN]
+        times = [f"{of[name]['roofline_s']:.3g}" if name in of else "" for name in SHOWN]
         chip, sizes = CHIPS[record["topology"].partition(":")[0]], record["mesh"]
         lines.append(
             f"| {record['config']} | {record['topology']} "
             f"| {' x '.join(f'{name} {n}' for name, n in sizes.items() if n > 1)} "
             f"| {record['compute']['tokens']:,} | {chip.memory / GB:.1f} "
             f"| {'yes' if all(r['fits'] for r in of.values()) else 'no'} | {worst['function']} "
-            f"| {worst['total'] / GB:.1f} | " + " | ".join(f"{t:.3g}" for t in times) + " |"
+            f"| {worst['total'] / GB:.1f} | " + " | ".join(times) + " |"
         )
     return "\n".join(lines) + "\n"
 

@@ -4,8 +4,8 @@
     python -m experiments.evaluate --config=experiments/configs/cast_4b.py --benchmark=aime24 \\
         --decoding=cast --config.model.path=runs/cast_4b/model --output_dir=runs/cast_4b/aime24
 
-Hardware: the paper has 2 A800 (80 GB), one of them for sampling; `mesh` for 2 devices that do both
-is a guess, not tried.
+Hardware: the paper has 2 A800 (80 GB), one of them for sampling; `mesh` is for 4 TPU chips that do
+both.
 Time: the paper's 5 h (GRPO 4 h).
 Result: the paper's Avg@16 on AIME 2024, AIME 2025 and MATH-500 rises from 20.83, 21.25 and 83.91
 to 41.25, 35.83 and 89.38. Not measured here.

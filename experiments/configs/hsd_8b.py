@@ -4,7 +4,7 @@
     python -m experiments.evaluate --config=experiments/configs/hsd_8b.py --benchmark=math500 \\
         --decoding=hsd --config.model.path=runs/hsd_8b/model --output_dir=runs/hsd_8b/math500
 
-Hardware: the paper has 32 H100 (80 GB); `mesh` for as many devices is a guess, not tried.
+Hardware: the paper has 32 H100 (80 GB); `mesh` is for 32 TPU chips.
 Time: the paper's 24.1 s a step on 8 H100 (GRPO 11.2 s), which makes 10 h of 1,500 steps.
 Result: the paper's pass@1 on MATH-500, AIME 2024 and AIME 2025 is 83.6, 31.4 and 28.1, with GRPO
 78.4, 24.5 and 21.6; on LiveCodeBench v5 and HumanEval+ 37.2 and 81.9, with GRPO 32.0 and 80.5.

@@ -9,7 +9,7 @@
     python -m experiments.evaluate --config=experiments/configs/rlsd_text.py --benchmark=aime24 \\
         --decoding=rlsd --config.model.path=runs/rlsd_text/model --output_dir=runs/rlsd_text/aime24
 
-Hardware: the paper has 4 x 8 H200 (140 GB); `mesh` for as many devices is a guess, not tried.
+Hardware: the paper has 4 x 8 H200 (140 GB); `mesh` is for 32 TPU chips.
 Time: not in the paper.
 Result: the paper's are on images only, with Qwen3-VL-8B-Instruct: 56.18 in the mean of MMMU,
 MathVista, MathVision, ZeroBench and WeMath, from 51.49 before and 53.86 with GRPO. On text others

@@ -5,8 +5,7 @@
         --decoding=sc_grpo --config.model.path=runs/sc_grpo_8b/model \\
         --output_dir=runs/sc_grpo_8b/aime24
 
-Hardware: the paper has 8 x 8 A100 (80 GB); `mesh` is for 8 devices, one a prompt: a guess, not
-tried.
+Hardware: the paper has 8 x 8 A100 (80 GB); `mesh` is for 16 TPU chips, two a prompt.
 Time: the paper's figure shows about 236 s a step (GRPO 231 s).
 Result: the paper's Avg@8 on AIME 2024 and AIME 2025 rises from 25.41 and 18.75 to 51.67 and 42.08,
 with GRPO 41.67 and 34.16. Not measured here.

@@ -4,7 +4,7 @@
     python -m experiments.evaluate --config=experiments/configs/sdpg_1_7b.py --benchmark=aime24 \\
         --decoding=sdpg --config.model.path=runs/sdpg_1_7b/model --output_dir=runs/sdpg_1_7b/aime24
 
-Hardware: the paper has 8 H100; `mesh` for as many devices is a guess, not tried.
+Hardware: the paper has 8 H100; `mesh` is for 8 TPU chips.
 Time: not in the paper.
 Result: the paper's mean@32 at step 400 on AIME 2024, AIME 2025 and AMC 2023 is .192, .182 and .637,
 with GRPO .096, .118 and .467. Not measured here.
