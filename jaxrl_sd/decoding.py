@@ -184,8 +184,6 @@ def _attend(q, k, v, cache: LayerCache, column, seen, compute):
 
     k, v = write(cache.response_k, k, K_AXIS), write(cache.response_v, v, V_AXIS)
     cache = _place(cache._replace(response_k=k, response_v=v), compute)
-    # Without it XLA may merge the write with what reads it, and copy the cache for every token.
-    cache = jax.lax.optimization_barrier(cache)
     q = (q * H**-0.5).reshape(U, N, K, Q // K, H).swapaxes(1, 2)
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
     to_prompt = einsum("uknrh,ukhs->uknrs", q, cache.prompt_k)

@@ -40,7 +40,7 @@ MEASURED = {
     ),
     "groups": groups.measure,
     "efficiency": efficiency.measure,
-    "flatness": partial(flatness.measure, phases=("score",)),
+    "flatness": partial(flatness.measure, phases=("sampling",)),
     "padding": lambda scale: padding.of_config("cast_4b"),
 }
 
