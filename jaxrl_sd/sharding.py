@@ -6,6 +6,7 @@ inserts the communication. On one device all three have size 1 and nothing here 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxrl_sd.types import Array, InputError
+from jaxrl_sd.types import Array, InputError, first_line
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -69,9 +70,24 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
         )
     if math.prod(sizes) < available:
         logging.warning("mesh: %d of %d devices are used", math.prod(sizes), available)
-    devices = jax.devices()[: math.prod(sizes)]
+    return lay_out(sizes, jax.devices()[: math.prod(sizes)])
+
+
+def lay_out(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> Mesh:
+    """These devices as a mesh, of which neighbours are neighbours where the hardware has a grid.
+
+    Raises:
+      InputError: the grid cannot be cut so, as 8 x 2 out of 4 x 4.
+    """
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=devices)
+    except NotImplementedError as error:
+        wanted = ", ".join(f"{name}={n}" for name, n in zip(MESH_AXES, sizes, strict=True))
+        raise InputError(
+            f"mesh: {wanted} cannot be laid on these {len(devices)} devices, each axis has to be "
+            f"made of whole axes of their grid: {first_line(error)}"
+        ) from error
 
 
 def mesh_axes(axes: tuple[str, ...]) -> list[tuple[str, ...]]:

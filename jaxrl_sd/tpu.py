@@ -103,7 +103,7 @@ def make_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
     """A mesh over the devices of a topology, such as v5e:4x8, that is only described.
 
     Raises:
-      InputError: libtpu is missing or has no such topology, or it is of another size.
+      InputError: libtpu is missing or has no such topology, or it is of another size or grid.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -119,8 +119,7 @@ def make_mesh(topology: str, data: int, fsdp: int, tensor: int) -> Mesh:
             f"topology: {topology} has {len(devices)} chips, and mesh data={data}, fsdp={fsdp}, "
             f"tensor={tensor} needs {math.prod(sizes)}"
         )
-    axis_types = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(sizes, sharding.MESH_AXES, axis_types=axis_types, devices=devices)
+    return sharding.lay_out(sizes, devices)
 
 
 def bytes_of(tree: Any) -> float:

@@ -366,3 +366,5 @@ def test_a_topology_of_another_size_is_refused(small):
         tpu.make_mesh("v5e:2x4", **small.mesh)
     with pytest.raises(InputError, match="topology: libtpu has no 'v99:2x2'"):
         tpu.make_mesh("v99:2x2", **small.mesh)
+    with pytest.raises(InputError, match="mesh: data=1, fsdp=8, tensor=2 cannot be laid on these"):
+        tpu.make_mesh("v6e:4x4", data=1, fsdp=8, tensor=2)
