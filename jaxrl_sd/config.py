@@ -66,6 +66,7 @@ def default() -> ConfigDict:
     config.data.seed = 0  # of generated problems; `seed` only orders them
     config.data.suffix = ""  # ends every prompt, for instance with the form of the answer
     config.templates = ConfigDict(countdown.TEMPLATES)  # what hints look like in words
+    config.exchange_hints = False  # a control: teachers are shown what belongs to another problem
 
     config.rollout = ConfigDict()
     config.rollout.prompts = 32  # P, prompts a step

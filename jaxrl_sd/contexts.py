@@ -198,6 +198,39 @@ def answer_and_peer() -> Context:
     return Context(write, ("answer",))
 
 
+def _of_batch(context: Context, problems, groups, rng) -> list[list[Hint | None]]:
+    """The hints of every group, with `source` counted over the whole batch."""
+    first, out = 0, []
+    for problem, samples in zip(problems, groups, strict=True):
+        hints = context.write(problem, samples, rng)
+        moved = [h and (h if h.source < 0 else h._replace(source=first + h.source)) for h in hints]
+        out.append(moved)
+        first += len(samples)
+    return out
+
+
+def exchange(hints: Sequence[Sequence[Hint | None]]) -> list[list[Hint | None]]:
+    """A control: every hint of a batch, [P][G], is replaced by one that another problem has.
+
+    It is of the same template and of the next problem, cyclically, that has one; of that problem's
+    same sample if it is there, else of its first. So who is shown something, and in which words,
+    stays, and what the text says about the problem goes. A hint that no other problem can replace
+    stays.
+    """
+
+    def of(p: int, g: int) -> Hint | None:
+        own = hints[p][g]
+        if own is None:
+            return None
+        for others in [*hints[p + 1 :], *hints[:p]]:
+            for hint in (others[g], *others):
+                if hint is not None and hint.template == own.template:
+                    return hint
+        return own
+
+    return [[of(p, g) for g in range(len(row))] for p, row in enumerate(hints)]
+
+
 def write(
     contexts: Mapping[str, Context],
     problems: Sequence[Problem],
@@ -206,6 +239,7 @@ def write(
     tokenizer,
     templates: Mapping[str, Template],
     width: int,
+    exchanged: bool = False,
 ) -> tuple[dict[str, Hints], dict[str, float]]:
     """Prompts of every teacher for every row.
 
@@ -216,6 +250,7 @@ def write(
       templates: by the names that hints use.
       width: S', the length in tokens to which every teacher prompt is padded. A prompt that is
         longer loses the end of its longest privileged slot, nothing else, and is counted.
+      exchanged: a control: every hint is another problem's, see `exchange`.
 
     Returns:
       {teacher name: Hints} with host arrays, and metrics.
@@ -226,12 +261,15 @@ def write(
     hints, metrics = {}, {}
     for name, context in contexts.items():
         prompts, shown, source, num_cut = [], [], [], 0
-        for p, (problem, samples) in enumerate(zip(problems, groups, strict=True)):
+        written = _of_batch(context, problems, groups, rng)
+        if exchanged:
+            written = exchange(written)
+        for problem, of_group in zip(problems, written, strict=True):
             rendered = {}  # samples of a group are often shown the same
-            for hint in context.write(problem, samples, rng):
+            for hint in of_group:
                 shown.append(hint is not None)
                 hint = hint or Hint("nothing")
-                source.append(p * len(samples) + hint.source if hint.source >= 0 else -1)
+                source.append(hint.source)
                 what = hint.template, *sorted(hint.slots.items())
                 if what not in rendered:
                     template = templates[hint.template]

@@ -309,6 +309,7 @@ def write_hints(run: Run, problems: Sequence[Problem], groups, step: int):
         run.tokenizer,
         run.templates,
         run.config.rollout.max_hint_prompt,
+        run.config.exchange_hints,
     )
 
 
@@ -328,9 +329,9 @@ def pack(run: Run, batch: Batch) -> tuple[Batch, Parts, dict[str, float]]:
 
 
 def measure(run: Run, state: State, judge: Judge, step: int) -> dict[str, float]:
-    """Held-out accuracy, sampled and greedy; every verdict goes to evaluations/."""
+    """Held-out accuracy, sampled and greedy; verdicts and lengths go to evaluations/."""
     k, settings = run.config.evaluation.samples, run.config.rollout
-    verdicts, metrics = {}, {}
+    verdicts, lengths, metrics = {}, {}, {}
     for name, samples, temperature in (("sampled", k, settings.temperature), ("greedy", 1, 0.0)):
         answered = rollout.answer(
             lambda *prompt, n=samples, t=temperature: draw(run, state, *prompt, n, t),
@@ -345,10 +346,12 @@ def measure(run: Run, state: State, judge: Judge, step: int) -> dict[str, float]
         )
         groups = list(itertools.chain.from_iterable(answered))
         verdicts[name], metrics[name] = rollout.measure(groups)
+        lengths[name] = [[len(sample.ids) for sample in group] for group in groups]
     if hosts.is_first():
         path = evaluation_file(run.folder, step)
         path.parent.mkdir(exist_ok=True)
         record = {name: v.tolist() for name, v in verdicts.items()}
+        record |= {f"{name}_length": of_groups for name, of_groups in lengths.items()}
         path.write_text(json.dumps(strict(record), allow_nan=False))
     accuracy = evaluate.avg_at_k(verdicts["sampled"])
     return {

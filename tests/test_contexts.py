@@ -1,7 +1,9 @@
 """What teachers are shown, from a sample's verdict to token ids, and that it is what they score."""
 
+import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -490,3 +492,42 @@ def test_a_model_without_tokenizer_files_is_an_error(tmp_path):
 def test_a_folder_without_tokenizer_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"model\.path: no tokenizer could be read from"):
         tokens.load_tokenizer(tmp_path / "nothing")
+
+
+# The control: hints of other problems.
+
+
+def test_exchanged_hints_are_other_problems(tokenizer):
+    """Who is shown something and in which form stays; the content is the next problem's."""
+    problems = [replace(PROBLEM, answer=f"answer{p}") for p in range(3)]
+    groups = [group("100"), group("000"), group("011")]
+    written = contexts._of_batch(
+        contexts.answer_and_peer(), problems, groups, np.random.default_rng(0)
+    )
+    exchanged = contexts.exchange(written)
+    flat = itertools.chain.from_iterable
+    for own, other in zip(flat(written), flat(exchanged), strict=True):
+        assert own.template == other.template and own.slots["answer"] != other.slots["answer"]
+    # The only answer_peer hints are those of problems 0 and 2, the answer alone is in all three.
+    assert [h.slots["answer"] for h in exchanged[0]] == ["answer1", "answer2", "answer2"]
+    assert {h.source // 3 for h in exchanged[0][1:]} == {2}
+    assert {h.slots["answer"] for h in exchanged[1]} == {"answer0"}  # of its first row
+
+
+def test_exchange_leaves_silence_and_what_nobody_can_replace():
+    hint = contexts.Hint("peer", {"peer": "a"}, 0)
+    assert contexts.exchange([[None, hint], [None, None]]) == [[None, hint], [None, None]]
+    assert contexts.exchange([[hint], [None]]) == [[hint], [None]]
+
+
+def test_exchange_reaches_the_teachers_prompt(tokenizer):
+    problems = [replace(PROBLEM, answer=f"answer{p}") for p in range(2)]
+    arguments = (
+        {"t": contexts.answer()}, problems, [group("10")] * 2, np.random.default_rng(0), tokenizer,
+        TEMPLATES, 400,
+    )  # fmt: skip
+    for exchanged, wanted in ((False, [0, 0, 1, 1]), (True, [1, 1, 0, 0])):
+        hints, metrics = contexts.write(*arguments, exchanged=exchanged)
+        shown = [shown_text(tokenizer, hints["t"], row) for row in range(4)]
+        assert [f"answer{p}" in text for p, text in zip(wanted, shown, strict=True)] == [True] * 4
+        assert metrics["context/t/shown"] == 1.0

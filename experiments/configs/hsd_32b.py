@@ -4,8 +4,8 @@
     python -m experiments.evaluate --config=experiments/configs/hsd_32b.py --benchmark=math500 \\
         --decoding=hsd --config.model.path=runs/hsd_32b/model --output_dir=runs/hsd_32b/math500
 
-Hardware: the paper has 32 H100 (80 GB); `mesh` is for 64 TPU chips. See hsd_8b.py for what the paper
-leaves open.
+Hardware: the paper has 32 H100 (80 GB); `mesh` is for 64 TPU chips. See hsd_8b.py for what the
+paper leaves open.
 Time: not in the paper for this model.
 Result: the paper's pass@1 on MATH-500, AIME 2024 and AIME 2025 is 89.4, 46.0 and 41.7, with GRPO
 85.2, 38.7 and 34.5; on LiveCodeBench v5 and HumanEval+ 46.8 and 87.3, with GRPO 41.6 and 86.3.
