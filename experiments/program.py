@@ -33,7 +33,7 @@ def run(program: Callable[[list[str]], None]) -> None:
 
     def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax reports each file it writes
-        _keep_what_is_compiled()
+        keep_what_is_compiled()
         try:
             if COORDINATOR.value is not None:
                 hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
@@ -52,7 +52,7 @@ def run(program: Callable[[list[str]], None]) -> None:
     app.run(main, flags_parser=_parse)
 
 
-def _keep_what_is_compiled() -> None:
+def keep_what_is_compiled() -> None:
     """In the user's cache folder, for the next run, unless JAX was told of another."""
     if jax.config.jax_compilation_cache_dir is None:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
