@@ -175,12 +175,43 @@ PANELS = (
     Panel("Response length", "tokens", {"rollout/length": ""}),
     Panel("Loss", "", {"update/loss": ""}),
     Panel("Gradient norm", "", {"update/grad_norm": ""}),
+    Panel(
+        "Shares of tokens and of credit",
+        "%",
+        {
+            "credit/flipped": "flipped",
+            "credit/zero": "zero",
+            "credit/uniform": "uniform groups",
+        },
+    ),
+    Panel(
+        "Phrases of solutions in answers",
+        "%",
+        {
+            "leakage/of_correct": "correct",
+            "leakage/solution": "all",
+            "leakage/solution_other": "other",
+            "leakage/words": "hints",
+        },
+    ),
+    Panel(
+        "Gaps of ✓ and ✗ answers",
+        "nats per token",
+        {
+            "teacher/teacher/gap_correct_up": "✓ up",
+            "teacher/teacher/gap_correct_down": "✓ down",
+            "teacher/teacher/gap_wrong_up": "✗ up",
+            "teacher/teacher/gap_wrong_down": "✗ down",
+        },
+    ),
 )
+PROFILE = "teacher/teacher/divergence_profile/"
 
 
 def draw_curves(rows: Rows) -> Figure | None:
     """Small plots over the steps of every metric of `PANELS` and of each `teacher/*/gap_abs`.
 
+    And the first, the middle and the last profile of the teacher's gaps around the divergence.
     Plots and lines without a finite value are left out; None if nothing is left.
     """
     series = _series(rows)
@@ -191,13 +222,19 @@ def draw_curves(rows: Rows) -> Figure | None:
     panels = [panel for panel in panels if panel.lines]
     if not panels:
         return None
-    num_rows = -(-len(panels) // COLUMNS)
+    profiles = _profiles(rows)
+    num_plots = len(panels) + bool(profiles)
+    num_rows = -(-num_plots // COLUMNS)
     figure = Figure(figsize=(WIDTH, 0.3 + 2.1 * num_rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    axes = figure.subplots(num_rows, COLUMNS, sharex=True, squeeze=False).flat
+    axes = figure.subplots(num_rows, COLUMNS, squeeze=False).ravel()
+    for ax in axes[1 : len(panels)]:
+        ax.sharex(axes[0])
     for ax, panel in zip(axes, panels, strict=False):
         _draw_panel(ax, panel, series)
-    for ax in axes[len(panels) :]:
+    if profiles:
+        _draw_profiles(axes[len(panels)], profiles)
+    for ax in axes[num_plots:]:
         ax.remove()
     return figure
 
@@ -206,6 +243,25 @@ def _gap_panel(series: dict[str, Any]) -> Panel:
     keys = [key for key in series if key.startswith("teacher/") and key.endswith("/gap_abs")]
     lines = {key: key.removeprefix("teacher/").removesuffix("/gap_abs") for key in keys}
     return Panel("|teacher - student| log-prob", "nats per token", lines)
+
+
+def _profiles(rows: Rows) -> dict[str, tuple[list[int], list[float]]]:
+    """(offsets, mean |gap|) of the first, the middle and the last step that has a profile."""
+    profiles = {}
+    for row in rows:
+        profile = {int(key.removeprefix(PROFILE)): row[key] for key in row if PROFILE in key}
+        offsets = sorted(offset for offset, size in profile.items() if math.isfinite(size))
+        if offsets:
+            profiles[f"step {row['step']}"] = offsets, [profile[offset] for offset in offsets]
+    names = list(profiles)
+    chosen = [names[0], names[len(names) // 2], names[-1]] if names else []
+    return {name: profiles[name] for name in chosen}
+
+
+def _draw_profiles(ax: Axes, profiles: dict[str, tuple[list[int], list[float]]]) -> None:
+    labels = {name: name for name in profiles}
+    _draw_panel(ax, Panel("|gap| where wrong answers diverge", "nats", labels), profiles)
+    ax.set_xlabel("tokens from the divergence", fontsize=8)
 
 
 def _series(rows: Rows) -> dict[str, tuple[np.ndarray, np.ndarray]]:

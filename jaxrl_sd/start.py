@@ -22,7 +22,7 @@ from jaxrl_sd.rollout import Judge
 from jaxrl_sd.sampler import SamplingConfig
 from jaxrl_sd.tokens import Template, load_tokenizer, stop_ids
 from jaxrl_sd.types import Batch, InputError, Params, Problem, Sample
-from jaxrl_sd.update import Parts, State, Steps, make_steps
+from jaxrl_sd.update import Parts, State, Steps, make_probes, make_steps
 from jaxrl_sd.verify.pool import VerifierPool
 from jaxrl_sd.verify.reward import RewardFunctions
 from jaxrl_sd.vocabulary import STUDENT
@@ -43,6 +43,7 @@ class Run(NamedTuple):
     sizes: packing.Sizes
     steps: Steps
     gaps: Callable[[State, Batch, Parts], dict[str, jax.Array]]
+    probes: Callable[[State, Batch, Parts], dict[str, jax.Array]]
     folder: Path
 
 
@@ -95,6 +96,7 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
         sizes=stream_sizes(config, method),
         steps=steps,
         gaps=diagnostics.make_gaps(method, configs, temperature, compute),
+        probes=make_probes(method, configs, temperature, compute),
         folder=folder,
     )
     return run, params, frozen

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from jaxrl_sd import (
@@ -29,7 +30,9 @@ from jaxrl_sd import (
     diagnostics,
     evaluate,
     hosts,
+    leakage,
     packing,
+    records,
     report,
     rollout,
     sampler,
@@ -144,14 +147,17 @@ def train(config: ConfigDict) -> dict[str, Any]:
             row = collected.metrics | hint_metrics | pack_metrics
             if step == 0 or is_due(config, step + 1):
                 with clock("log"):
-                    gaps = hosts.get(run.gaps(state, batch, parts))
-                    log_group(run, batch, gaps, problems, groups, step + 1)
-                    row |= diagnostics.gap_sizes(batch, gaps)
+                    gaps = run.gaps(state, batch, parts)
+                    probes = run.probes(state, batch, parts)
+                    records.log_group(run, batch, gaps, probes, problems, groups, step + 1)
+                    row |= diagnostics.describe_gaps(batch, gaps, run.sampling.stop_ids)
+                    row |= diagnostics.distances(run.method.teachers, state)
             with clock("update"):
                 state, update_metrics = update.update(
                     run.steps, state, batch, parts, config.optimizer.epochs
                 )
                 write_unread()  # the step before's, while the devices work
+                row |= leakage.describe(problems, groups, run.templates)
                 jax.block_until_ready(state)
             position = collected.position
             row |= diagnostics.describe(batch)
@@ -171,7 +177,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
 def finish(run: Run, clock: Clock) -> dict[str, Any]:
     """Writes the report and returns the summary."""
     summary = summarize(run, clock)
-    report.write(run.folder, summary, read_rollouts(run.folder))
+    report.write(run.folder, summary, records.read_rollouts(run.folder))
     return summary
 
 
@@ -196,14 +202,7 @@ def is_due(config: ConfigDict, finished: int) -> bool:
 
 def start_or_resume(run: Run, params, frozen, checkpoints) -> tuple[State, int, dict[str, float]]:
     """The state to go on from, the position in the sequence of problems, and seconds spent."""
-    optimizer = configuration.optimizer(run.config)
-
-    def start(params: Params) -> State:
-        state = init_state(params, {}, optimizer, run.method.teachers, run.config.seed)
-        return state.replace(params={})  # no copy of what has its place
-
-    placed = sharding.of_state(jax.eval_shape(start, params), run.mesh)
-    state = jax.jit(start, out_shardings=placed)(params).replace(params=params, frozen=frozen)
+    state = new_state(run, params, frozen, configuration.optimizer(run.config))
     restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
     state, position, seconds = restored or (state, 0, {})
     if state.step > run.config.steps:
@@ -212,6 +211,19 @@ def start_or_resume(run: Run, params, frozen, checkpoints) -> tuple[State, int, 
             f"got {run.config.steps}"
         )
     return state, position, seconds
+
+
+def new_state(
+    run: Run, params: Params, frozen: dict[str, Params], optimizer: optax.GradientTransformation
+) -> State:
+    """The state before the first step, placed on the run's mesh."""
+
+    def start(params: Params) -> State:
+        state = init_state(params, {}, optimizer, run.method.teachers, run.config.seed)
+        return state.replace(params={})  # no copy of what has its place
+
+    placed = sharding.of_state(jax.eval_shape(start, params), run.mesh)
+    return jax.jit(start, out_shardings=placed)(params).replace(params=params, frozen=frozen)
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:
@@ -367,45 +379,6 @@ def measure(run: Run, state: State, judge: Judge, step: int) -> dict[str, float]
 def evaluation_file(folder: Path, step: int) -> Path:
     """Where the verdicts of an evaluation are."""
     return folder / "evaluations" / f"{step:06d}.json"
-
-
-def log_group(run: Run, batch: Batch, gaps, problems, groups, step: int) -> None:
-    """Writes a group of update `step`, mixed if there is one, with each token's credit and gap."""
-    mixed = [len({s.correct for s in group}) > 1 for group in groups]
-    p = int(np.argmax(mixed))
-    credit, reward = hosts.get((batch.credit, batch.rollouts.reward))
-    if not hosts.is_first():
-        return
-    records = []
-    for i, answer in enumerate(groups[p], start=p * run.config.rollout.group_size):
-        n = len(answer.ids)
-        records.append(
-            {
-                "step": step,
-                "prompt": problems[p].prompt,
-                "answer": problems[p].answer,
-                "response": answer.text,
-                "response_tokens": [run.tokenizer.decode([t]) for t in answer.ids],
-                "correct": answer.correct,
-                "score": answer.score,
-                "rewards": dict(answer.rewards),
-                "truncated": answer.truncated,
-                "reward": None if answer.correct is None else float(reward[i]),
-                "advantage": credit.adv_t[i, :n].tolist(),
-                "distill": credit.distill_t[i, :n].tolist(),
-                "gap": {name: gap[i, :n].tolist() for name, gap in gaps.items()},
-            }
-        )
-    path = run.folder / "rollouts" / f"{step:06d}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    lines = [json.dumps(strict(record), allow_nan=False) + "\n" for record in records]
-    path.write_text("".join(lines))
-
-
-def read_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Everything that `log_group` wrote, in order."""
-    paths = sorted((folder / "rollouts").glob("*.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
 def export(run: Run, state: State) -> None:

@@ -176,6 +176,16 @@ def make_score(
     return score
 
 
+def make_probes(
+    method: Method, configs: Mapping[str, ModelConfig], temperature: float, compute: Compute
+) -> Callable[[State, Batch, Parts], Scores]:
+    """(state, batch, parts) -> {name: f32[B, T]}: the values of the method's probes, for people."""
+    if not method.probe:
+        return lambda state, batch, parts: {}
+    score = make_score(method.probe, method, configs, temperature, compute)
+    return partial(fill, score, tuple(method.probe))
+
+
 def make_steps(
     method: Method,
     optimizer: optax.GradientTransformation,

@@ -21,10 +21,13 @@ LAYERS = [
     ["methods"],
     ["hosts", "scoring", "update", "sampler", "diagnostics", "tpu"],  # devices
     ["architectures", "weights", "adapters"],
-    ["countdown", "code_problems", "data", "verify", "config", "metrics", "checkpoint"],  # host
-    ["policies", "benchmarks", "rollout", "evaluate", "report"],
+    ["countdown", "chains", "code_problems", "data", "verify"],  # host
+    ["config", "metrics", "checkpoint"],
+    ["policies", "benchmarks", "rollout", "leakage", "evaluate", "report", "viewer"],
     ["start"],
-    ["train", "answers", "results", "difficulty", "abstract"],
+    ["records", "answers", "results", "difficulty", "abstract"],
+    ["train"],
+    ["credit"],
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -671,7 +671,7 @@ def test_cast_without_a_gap_is_the_clipped_base():
     B = base_advantage(batch_of(case, cast()))
     np.testing.assert_array_equal(credit.adv_t, jnp.clip(B, -1.2, 1.2)[:, None] * case.mask)
     assert jnp.abs(B).max() > 1.2  # one of four is correct
-    assert (metrics["flipped"], metrics["gap_zero"]) == (0, 1)
+    assert (metrics["base_flipped"], metrics["gap_zero"]) == (0, 1)
 
 
 @pytest.mark.parametrize("verdicts", ["1111 1111 1111 1111", "0000 0000 0000 0000"])
@@ -681,6 +681,24 @@ def test_cast_learns_from_uniform_groups(verdicts):
     assert (jnp.abs(gradient).max(axis=-1) > 0)[case.mask].mean() > 0.5  # the rest is clipped
     _, gradient, *_ = evaluate("grpo", case, kl_coef=0.0, clip_low=0.1, clip_high=0.28)
     assert not gradient.any()
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_cast_counts_clipped_weights(flip):
+    case = draw_case("cast")
+    method, batch = cast(flip=flip), batch_of(case, cast())
+    gap = np.random.default_rng(0).standard_normal(case.mask.shape) * 0.2
+    _, metrics = method.credit(batch.replace(scores={"gap": jnp.asarray(gap)}), 0)
+    B = np.asarray(base_advantage(batch))[:, None]
+    agrees = np.sign(B) * gap
+    if flip:  # towards the gap: 1.05 upwards, 1.2 downwards; a weight below 1 does not occur
+        low, high = agrees > np.inf, (gap > np.log(1.05)) | (gap < -np.log(1.2))
+    else:
+        low = agrees < np.log(np.where(B > 0, 0.8, 0.95))
+        high = agrees > np.log(np.where(B > 0, 1.05, 1.2))
+    trained = np.asarray(batch.rollouts.mask_t) != 0
+    np.testing.assert_allclose(metrics["weight_clipped_low"], low[trained].mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["weight_clipped_high"], high[trained].mean(), rtol=1e-6)
 
 
 def test_cast_without_flips_and_weights_is_clipped_grpo():
@@ -698,7 +716,7 @@ def test_cast_after_the_cutoff_is_clipped_grpo():
     _, _, got, metrics = evaluate("cast", case, cutoff=STEP)
     np.testing.assert_array_equal(got.adv_t, jnp.clip(want.adv_t, -1.2, 1.2))
     assert not got.adv_t[12:].any()  # all correct
-    assert metrics["flipped"] == 0
+    assert metrics["base_flipped"] == 0
     _, _, want, _ = evaluate("cast", case)
     _, _, got, _ = evaluate("cast", case._replace(step=STEP - 1), cutoff=STEP)
     np.testing.assert_array_equal(got.adv_t, want.adv_t)
@@ -949,6 +967,19 @@ def test_sdft_does_not_learn_first_tokens():
     long = case._replace(mask=case.mask & (np.arange(16) % 2 == 0)[:, None])
     np.testing.assert_allclose(evaluate("sdft", long)[0], loss, rtol=1e-6)
     assert evaluate("sdft", case, skip=T)[0] == 0
+
+
+def test_rlrt_counts_clipped_weights_among_those_it_gives():
+    batch = batch_of(draw_case("rlrt"), METHODS["rlrt"]())
+    gap = np.random.default_rng(0).standard_normal(batch.rollouts.mask_t.shape) * 0.3
+    _, metrics = METHODS["rlrt"](eps_w=0.2).credit(batch.replace(scores={"gap": gap}), 0)
+    r, hint = batch.rollouts, batch.hints["teacher"]
+    weighted = np.asarray(r.mask_t * (hint.shown * r.correct * r.graded)[:, None]) != 0
+    # Correct answers with others in their group that are wrong have A > 0, the others A = 0.
+    weight = np.exp(-np.sign(np.asarray(base.advantage(batch)))[:, None] * gap)[weighted]
+    np.testing.assert_allclose(metrics["weight_clipped_low"], (weight <= 0.8).mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["weight_clipped_high"], (weight >= 1.2).mean(), rtol=1e-6)
+    assert 0 < weighted.sum() < np.asarray(r.mask_t).sum()
 
 
 def test_rlrt_raises_what_the_teacher_would_not_have_said():

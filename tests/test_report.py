@@ -18,6 +18,9 @@ TRAINING = {
     "rollout/entropy": 0.6,
     "update/loss": 0.01,
     "update/grad_norm": 1.0,
+    "credit/zero": 0.1,
+    "leakage/solution": 0.2,
+    "teacher/teacher/gap_wrong_down": -0.2,
     "teacher/answer/gap_abs": 0.1,
 }
 EVALUATION = {
@@ -112,6 +115,18 @@ def test_each_teacher_has_its_line():
     data = [{"step": 0, "teacher/peer/gap_abs": 0.1, "teacher/frozen/gap_abs": 0.2}]
     (ax,) = plots(report.draw_curves(data)).values()
     assert [line.get_label() for line in ax.lines] == ["frozen", "peer"]
+
+
+def test_the_first_the_middle_and_the_last_profile_are_drawn():
+    key = "teacher/teacher/divergence_profile/"
+    profile = {f"{key}1": 0.5, f"{key}-2": 0.1, f"{key}-1": math.nan, f"{key}0": 2.0}
+    data = [{"step": step, "update/loss": 1.0} for step in range(9)]
+    for step in (0, 3, 5, 6, 8):
+        data[step] |= profile
+    loss, ax = plots(report.draw_curves(data)).values()
+    assert [line.get_label() for line in ax.lines] == ["step 0", "step 5", "step 8"]
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), [(-2, 0.1), (0, 2.0), (1, 0.5)])
+    assert ax.get_xlabel() == "tokens from the divergence" and loss.get_xlim()[1] > 7
 
 
 def test_no_metric_no_figure():

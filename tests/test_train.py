@@ -36,6 +36,14 @@ def test_methods_train_through_the_entry_point(tmp_path, name):
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     assert rows[1]["rollout/sampler_logp_error_max"] < 1e-4
+    every_step = {"credit/flipped", "credit/zero", "credit/uniform", "leakage/solution"}
+    assert every_step <= rows[1].keys() & rows[2].keys()
+    when_due = ("gap_wrong_down", "gap_stop_correct", "divergence_profile/0", "information")
+    teachers = {key.split("/")[1] for key in rows[1] if key.startswith("teacher/")}
+    assert bool(teachers) == (name != "dapo")
+    for teacher in teachers:
+        assert {f"teacher/{teacher}/{key}" for key in when_due} <= rows[1].keys()
+        assert (f"teacher/{teacher}/distance" in rows[1]) == (name != "opd")  # of another shape
     phases = {"sample", "verify", "context", "score", "update"}
     assert {f"time/{phase}" for phase in phases} <= rows[1].keys() & rows[2].keys()
     assert phases <= summary["seconds_of_a_step"].keys()

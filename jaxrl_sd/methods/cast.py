@@ -65,6 +65,22 @@ def base_advantage(batch, uniform: float | Array = 1.0) -> Array:
     return B * r.graded
 
 
+def token_weight(
+    B: Array, g_t: Array, clip_positive: Bounds, clip_negative: Bounds, flip: bool | Array
+) -> tuple[Array, Array, Array, Array]:
+    """The sign of each A_t, its weight before the clip, and the bounds of the clip; f32[B, T] each.
+
+    A flipped token has the bounds of its new sign, the lower one at least 1. CAST Eq. 7-13.
+    """
+    flipped_t = flip & (jnp.sign(B) * g_t < 0)
+    sign_t = jnp.where(flipped_t, -jnp.sign(B), jnp.sign(B))
+    z_t = jnp.exp(jnp.clip(sign_t * g_t, -losses.LOG_RATIO_BOUND, losses.LOG_RATIO_BOUND))
+    (l_pos, u_pos), (l_neg, u_neg) = clip_positive, clip_negative
+    low_t = jnp.where(sign_t > 0, l_pos, l_neg)
+    low_t = jnp.where(flipped_t, jnp.maximum(low_t, 1.0), low_t)
+    return sign_t, z_t, low_t, jnp.where(sign_t > 0, u_pos, u_neg)
+
+
 def token_advantage(
     B: Array,
     g_t: Array,
@@ -75,16 +91,9 @@ def token_advantage(
     flip: bool | Array = True,
 ) -> Array:
     """A_t f32[B, T] from B f32[B, 1] and g_t f32[B, T]. CAST Eq. 7-15."""
-    (l_pos, u_pos), (l_neg, u_neg) = clip_positive, clip_negative
-    g_t = jnp.clip(g_t, -losses.LOG_RATIO_BOUND, losses.LOG_RATIO_BOUND)
-    z_t = jnp.exp(jnp.sign(B) * g_t)
-    w_t = jnp.where(B > 0, jnp.clip(z_t, l_pos, u_pos), jnp.clip(z_t, l_neg, u_neg))
-    keep = B * (1 + lam * (w_t - 1))
-    down = -jnp.abs(B) * (1 + lam * (jnp.clip(jnp.exp(-g_t), max(1.0, l_neg), u_neg) - 1))
-    up = jnp.abs(B) * (1 + lam * (jnp.clip(jnp.exp(g_t), max(1.0, l_pos), u_pos) - 1))
-    raw = jnp.where(flip & (B > 0) & (g_t < 0), down, keep)
-    raw = jnp.where(flip & (B < 0) & (g_t > 0), up, raw)
-    return jnp.clip(raw, -max_adv, max_adv)
+    sign_t, z_t, low_t, high_t = token_weight(B, g_t, clip_positive, clip_negative, flip)
+    w_t = jnp.clip(z_t, low_t, high_t)
+    return jnp.clip(sign_t * jnp.abs(B) * (1 + lam * (w_t - 1)), -max_adv, max_adv)
 
 
 def cast(
@@ -121,6 +130,7 @@ def cast(
         adv_t = token_advantage(
             B, g_t, jnp.where(on, lam, 0.0), clip_positive, clip_negative, max_adv, on & flip
         )
+        _, z_t, low_t, high_t = token_weight(B, g_t, clip_positive, clip_negative, on & flip)
         tokens = jnp.maximum(mask_t.sum(), 1)
 
         def share(condition):
@@ -130,7 +140,9 @@ def cast(
             "gap_negative": share(g_t < 0),
             "gap_zero": share(g_t == 0),
             "gap_positive": share(g_t > 0),
-            "flipped": share(adv_t * B < 0),
+            "base_flipped": share(adv_t * B < 0),
+            "weight_clipped_low": share(z_t < low_t),
+            "weight_clipped_high": share(z_t > high_t),
         }
         return Credit(adv_t * mask_t, 0 * adv_t), metrics
 

@@ -24,7 +24,7 @@ from jaxrl_sd.methods.base import (
     policy_gradient,
     verdict_reward_untruncated,
 )
-from jaxrl_sd.methods.rlsd import evidence_weight
+from jaxrl_sd.methods.rlsd import clipped_shares, evidence_weight
 from jaxrl_sd.types import Credit
 
 
@@ -52,7 +52,7 @@ def rlrt(
         w_t = evidence_weight(A, -batch.scores["gap"], eps_w)
         reversed_rows = (shown * r.correct * r.graded)[:, None] != 0
         adv_t = jnp.where(reversed_rows, A * ((1 - lam) + lam * w_t), A) * r.mask_t
-        return Credit(adv_t, 0 * adv_t), {}
+        return Credit(adv_t, 0 * adv_t), clipped_shares(w_t, eps_w, reversed_rows * r.mask_t)
 
     return Method(
         grade=verdict_reward_untruncated,

@@ -44,6 +44,7 @@ from jaxrl_sd import contexts, losses, stats, teachers
 from jaxrl_sd.methods.base import (
     Count,
     Method,
+    Metrics,
     NonNegative,
     Teacher,
     advantage,
@@ -62,6 +63,15 @@ def evidence_weight(A: Array, Delta_t: Array, eps_w: float) -> Array:
     """
     w_t = jnp.exp(jnp.clip(jnp.sign(A) * Delta_t, -losses.LOG_RATIO_BOUND, losses.LOG_RATIO_BOUND))
     return jnp.clip(w_t, 1 - eps_w, 1 + eps_w)
+
+
+def clipped_shares(w_t: Array, eps_w: float, weighted_t: Array) -> Metrics:
+    """Shares of the tokens with a weight, f32[B, T], whose weight is at a bound of its clip."""
+    tokens = jnp.maximum(weighted_t.sum(), 1)
+    return {
+        "weight_clipped_low": ((w_t <= 1 - eps_w) * weighted_t).sum() / tokens,
+        "weight_clipped_high": ((w_t >= 1 + eps_w) * weighted_t).sum() / tokens,
+    }
 
 
 def rlsd(
@@ -89,12 +99,7 @@ def rlsd(
         w_t = evidence_weight(A, batch.scores["gap"], eps_w)
         lam_k = linear_decay(step, lam_0, decay_steps)  # Sec. 5.1
         adv_t = A * ((1 - lam_k) + lam_k * w_t) * mask_t
-        tokens = jnp.maximum(mask_t.sum(), 1)
-        metrics = {
-            "lam": lam_k,
-            "weight_clipped_low": ((w_t <= 1 - eps_w) * mask_t).sum() / tokens,
-            "weight_clipped_high": ((w_t >= 1 + eps_w) * mask_t).sum() / tokens,
-        }
+        metrics = {"lam": lam_k, **clipped_shares(w_t, eps_w, mask_t)}
         return Credit(adv_t, 0 * adv_t), metrics
 
     return Method(
