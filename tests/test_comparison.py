@@ -12,9 +12,10 @@ import pytest
 import scipy.stats
 from small_run import small_config
 
-from experiments.comparison import claims, plan, report, rows, runs, statistics
+from experiments.comparison import claims, pages, plan, report, rows, runs, statistics
 from experiments.comparison.plan import Arm, Plan
 from jaxrl_sd import metrics, train
+from jaxrl_sd.methods import METHODS
 from jaxrl_sd.types import InputError
 
 
@@ -291,3 +292,20 @@ def test_every_claim_asks_for_arms_and_numbers_that_exist(trained):
     have = claims._with_third(real | {"early": real["metrics"]})
     missing = {name for _, name in asked if math.isnan(claims._at(have, name.split(".")))}
     assert not missing
+
+
+def test_the_page_of_methods_has_a_section_for_each(made):
+    renamed = [
+        row | {"arm": "rlsd, lambda 0" if row["arm"] == "opd" else row["arm"]} for row in made
+    ]
+    text = pages.markdown(renamed, claims.CLAIMS)
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    assert list(sections) == list(METHODS)
+    assert "| small | grpo | 0.0001 |" in sections["grpo"]
+    assert "| small | rlsd, lambda 0 | 0.0001 |" in sections["rlsd"]
+    assert "sg[log" in sections["cast"] and "Deviations" not in text
+    assert (
+        "Not measured." in sections["hsd"] and "hsd ends more accurate than opsd" in sections["hsd"]
+    )
+    asked = {claim.paper.lower().replace("-", "_") for claim in claims.CLAIMS}
+    assert asked <= METHODS.keys()

@@ -114,6 +114,8 @@ def _result(claim: Claim, found: Mean) -> str:
         return "-"
     scale = 100 if claim.unit == "points" else 1
     value, low, high = (scale * x for x in (found.value, found.low, found.high))
+    if math.isnan(low):  # of one seed
+        return f"{value:+.3g} {claim.unit}".strip()
     digits = 1 if max(abs(low), abs(high)) >= 10 or scale == 100 else 3
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] {claim.unit}".strip()
 

@@ -18,6 +18,7 @@ from jaxrl_sd.report import table
 
 TEMPLATE = Path(__file__).parent / "report.html"
 Rows = Sequence[dict[str, Any]]
+FIGURES = ("length", "entropy", "rounds", "kl_to_start", "seconds_of_a_step")
 PERCENT = ("accuracy", "greedy", "best", "accuracy_within", "truncated")
 
 
@@ -60,7 +61,7 @@ def lines(plan: Plan, rows: Rows, task: str) -> list[Line]:
     def difference(runs, name):
         return statistics.paired(values(runs, name), values(base, name))
 
-    names = (*PERCENT, "length", "entropy", "kl_to_start", "seconds_of_a_step")
+    names = (*PERCENT, *FIGURES)
     of = {arm: {n: statistics.mean(values(runs, n)) for n in names} for arm, runs in arms.items()}
     differences = {arm: difference(runs, "accuracy") for arm, runs in arms.items()}
     others = [arm for arm in arms if arm != plan.baseline]
@@ -83,7 +84,7 @@ def lines(plan: Plan, rows: Rows, task: str) -> list[Line]:
 
 
 def _runs(plan: Plan, rows: Rows, task: str, arm: str) -> list[dict[str, Any]]:
-    """The final run of each seed, {} where there is none; with its entropy at the end."""
+    """The final run of each seed, {} where there is none; with entropy and rounds at the end."""
     of = {
         row["seed"]: row
         for row in rows
@@ -91,7 +92,9 @@ def _runs(plan: Plan, rows: Rows, task: str, arm: str) -> list[dict[str, Any]]:
     }
     runs = [of.get(seed, {}) for seed in plan.seeds]
     return [
-        run | {"entropy": run["metrics"]["rollout/entropy"]} if "metrics" in run else run
+        run | {name: run["metrics"][f"rollout/{name}"] for name in ("entropy", "rounds")}
+        if "metrics" in run
+        else run
         for run in runs
     ]
 
@@ -112,6 +115,7 @@ HEAD = (
     "entropy",
     "KL to start",
     "step time, ratio",
+    "batches a step",
 )
 
 
@@ -143,6 +147,7 @@ def cells(plan: Plan, line: Line) -> list[str]:
         number(of["entropy"].value, 2),
         number(of["kl_to_start"].value, 2),
         number(line.cost, 2),
+        number(of["rounds"].value),
     ]
 
 
@@ -170,6 +175,8 @@ def interval(x: Mean | Difference, sign: str = "") -> str:
     """A share and its interval in percent or points."""
     if math.isnan(x.value):
         return "-"
+    if math.isnan(x.low):  # of one seed
+        return f"{100 * x.value:{sign}.1f}"
     return f"{100 * x.value:{sign}.1f} [{100 * x.low:{sign}.1f}, {100 * x.high:{sign}.1f}]"
 
 
