@@ -130,6 +130,10 @@ def test_the_report_has_every_arm_and_needs_no_other_file(made, tmp_path):
     for arm in the_plan.arms:
         assert f"<td>{arm}</td>" in page
     assert "rollout.max_rounds: dapo kept" in page
+    beside = {found.control: found for found in report.controls(the_plan, made, "small")}
+    assert list(beside) == ["opd", "too few"] and beside["opd"].arm == "grpo"
+    assert beside["opd"].difference.n == 2 and math.isnan(beside["too few"].difference.value)
+    assert "| grpo | opd |" in summary and "<td>grpo</td><td>opd</td>" in page
 
 
 def test_the_rate_of_an_arm_is_that_of_its_best_search():
@@ -278,7 +282,7 @@ def test_every_claim_asks_for_arms_and_numbers_that_exist(trained):
     """A misspelt name would be called not measured."""
     folder, summary = trained
     real = rows.of_run(folder, summary) | {"kl_to_start": 0.0}
-    arms = set(plan.load("experiments/plans/countdown.py").arms)
+    arms = {a for p in ("countdown", "chains") for a in plan.load(f"experiments/plans/{p}.py").arms}
     asked = set()
 
     class Spy(claims.Runs):

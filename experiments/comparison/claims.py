@@ -127,6 +127,7 @@ FINAL_POINTS = "final held-out accuracy"
 
 def _gain(paper: str, arm: str, task: str = "countdown") -> Claim:
     text = f"{arm} ends more accurate than GRPO"
+    text += f" ({task})" if task != "countdown" else ""
     return Claim(paper, text, task, FINAL_POINTS, against(arm, "grpo", ACCURACY), unit="points")
 
 
@@ -167,6 +168,22 @@ CLAIMS = (
         FINAL_POINTS,
         against("rlsd", "rlsd, lambda 0", ACCURACY),
         unit="points",
+    ),
+    Claim(
+        "RLSD",
+        "rlsd is ahead early of itself with lambda 0 (GRPO without its penalty)",
+        "countdown",
+        "accuracy of the first quarter's rollouts",
+        against("rlsd", "rlsd, lambda 0", EARLY),
+        unit="points",
+    ),
+    Claim(
+        "RLSD",
+        "rlsd keeps more entropy than itself with lambda 0",
+        "countdown",
+        "entropy of the last quarter's rollouts",
+        against("rlsd", "rlsd, lambda 0", ENTROPY),
+        unit="nats a token",
     ),
     _hint("RLSD", "rlsd"),
     Claim(
@@ -283,4 +300,27 @@ CLAIMS = (
         change("hsd", _gap("gap_at_divergence"), _gap("gap_after")),
         unit="nats",
     ),
+    Claim(
+        "HSD",
+        "a teacher that sees the answer alone is silent where a wrong answer leaves a correct one "
+        "(rlsd's)",
+        "chains_answer",
+        "mean |gap| at the divergence, first step",
+        level("rlsd", _gap("gap_at_divergence")),
+        expected="within",
+        margin=0.25,
+        unit="nats",
+    ),
+    Claim(
+        "HSD",
+        "a teacher that sees a correct sibling, too, is not (hsd's)",
+        "chains_answer",
+        "mean |gap| at the divergence, hsd's teacher less rlsd's",
+        against("hsd", "rlsd", _gap("gap_at_divergence")),
+        unit="nats",
+    ),
+    _gain("RLSD", "rlsd", "chains"),
+    _gain("RLSD", "rlsd", "chains_answer"),
+    _gain("HSD", "hsd", "chains"),
+    _gain("HSD", "hsd", "chains_answer"),
 )

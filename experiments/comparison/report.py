@@ -41,10 +41,11 @@ class Line(NamedTuple):
 
 def write(folder: Path, plan: Plan, rows: Rows) -> str:
     """Writes the three files. Returns the summary, in Markdown."""
-    text = json.dumps(list(rows), indent=0)
-    (folder / "runs.json").write_text(text + "\n")
+    text = ",\n".join(map(json.dumps, rows))  # a line for each
+    (folder / "runs.json").write_text(f"[\n{text}\n]\n")
     found = {task: lines(plan, rows, task) for task in plan.tasks}
-    summary = "\n\n".join(markdown(plan, task, found[task]) for task in plan.tasks) + "\n"
+    parts = [markdown(plan, rows, task, found[task]) for task in plan.tasks]
+    summary = "\n\n".join(parts) + "\n"
     (folder / "summary.md").write_text(summary)
     (folder / "report.html").write_text(page(plan, rows, found))
     return summary
@@ -99,8 +100,33 @@ def _runs(plan: Plan, rows: Rows, task: str, arm: str) -> list[dict[str, Any]]:
     ]
 
 
+class Control(NamedTuple):
+    """An arm that another one belongs to, and what the arm has above its control."""
+
+    arm: str
+    control: str
+    of_arm: Mean  # accuracy
+    of_control: Mean
+    difference: Difference
+
+
+def controls(plan: Plan, rows: Rows, task: str) -> list[Control]:
+    """Every arm that has another one's learning rate, beside that one."""
+    found = []
+    for name, arm in plan.arms.items():
+        if arm.rate_of:
+            of = [
+                [run.get("accuracy", math.nan) for run in _runs(plan, rows, task, one)]
+                for one in (arm.rate_of, name)
+            ]
+            means = map(statistics.mean, of)
+            found.append(Control(arm.rate_of, name, *means, statistics.paired(*of)))
+    return found
+
+
 # ---- Markdown
 
+HEAD_OF_CONTROLS = ("method", "control", "method, %", "control, %", "difference")
 HEAD = (
     "method",
     "rate",
@@ -119,15 +145,26 @@ HEAD = (
 )
 
 
-def markdown(plan: Plan, task: str, found: Sequence[Line]) -> str:
-    """The table of a task, and what it does not show."""
-    return "\n\n".join(
-        (
-            f"## {task}: {len(plan.seeds)} seeds, differences to {plan.baseline} in points",
-            table(HEAD, (cells(plan, line) for line in found)),
-            *conclusions(plan, found),
-        )
-    )
+def markdown(plan: Plan, rows: Rows, task: str, found: Sequence[Line]) -> str:
+    """The tables of a task, and what they do not show."""
+    parts = [
+        f"## {task}: {len(plan.seeds)} seeds, differences to {plan.baseline} in points",
+        table(HEAD, (cells(plan, line) for line in found)),
+        *conclusions(plan, found),
+    ]
+    if beside := controls(plan, rows, task):
+        parts += ["Methods and their controls:", table(HEAD_OF_CONTROLS, map(_control, beside))]
+    return "\n\n".join(parts)
+
+
+def _control(found: Control) -> list[str]:
+    return [
+        found.arm,
+        found.control,
+        interval(found.of_arm),
+        interval(found.of_control),
+        interval(found.difference, "+"),
+    ]
 
 
 def cells(plan: Plan, line: Line) -> list[str]:
@@ -211,12 +248,14 @@ def page(plan: Plan, rows: Rows, found: dict[str, list[Line]]) -> str:
             "curves": pictures.curves(plan, rows, task, [line.arm for line in of_task]),
             "search": pictures.search(rows, task, [line.arm for line in of_task]),
             "lines": [(line, cells(plan, line)) for line in of_task],
+            "controls": list(map(_control, controls(plan, rows, task))),
         }
         for task, of_task in found.items()
     ]
     return environment.from_string(TEMPLATE.read_text()).render(
         plan=plan,
         head=HEAD,
+        head_of_controls=HEAD_OF_CONTROLS,
         sections=sections,
         num_final=sum(row["stage"] == FINAL for row in rows),
         num_search=sum(row["stage"] == SEARCH for row in rows),
