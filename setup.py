@@ -33,6 +33,8 @@ setup(
         "tpu_aot": ["jax[tpu]>=0.10.2"],  # its libtpu compiles for TPUs on machines without one
         "test": [
             "datasets>=5.2",
+            "ipykernel>=7.4",  # runs the notebooks, with nbclient
+            "nbclient>=0.11",
             "peft>=0.21",
             "pytest>=9.2",
             "pytest-xdist>=3.8",

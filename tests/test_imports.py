@@ -20,6 +20,7 @@ LAYERS = [
     ["contexts", "teachers", "decoding"],
     ["methods"],
     ["hosts", "scoring", "update", "sampler", "diagnostics", "tpu"],  # devices
+    ["conformance"],
     ["architectures", "weights", "adapters"],
     ["countdown", "chains", "code_problems", "data", "verify"],  # host
     ["config", "metrics", "checkpoint"],

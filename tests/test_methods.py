@@ -1,7 +1,7 @@
 """Every method against its paper: one table, and what must hold for all of them.
 
 A method is fed logits: the same statistics, credit, loss and averaging as in training, without a
-model. `oracles.py` says what must come out.
+model (conformance.py). `oracles.py` says what must come out.
 """
 
 import inspect
@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import oracles
 import pytest
 from oracles import ORACLES, Case
 
-from jaxrl_sd import losses
+from jaxrl_sd import conformance, losses
+from jaxrl_sd.conformance import MIXED, STEP, G, Shown, T, V
 from jaxrl_sd.contexts import Hint
 from jaxrl_sd.methods import METHODS, PRESETS, base
 from jaxrl_sd.methods.cast import base_advantage, cast, token_advantage
@@ -33,16 +33,10 @@ from jaxrl_sd.methods.sc_grpo import (
     sc_grpo,
 )
 from jaxrl_sd.methods.sdpg import beta_schedule, sdpg
-from jaxrl_sd.model import Compute
-from jaxrl_sd.types import Batch, Hints, Problem, Rollouts, Sample
-from jaxrl_sd.update import ALWAYS_PROBED, ALWAYS_SCORED, make_steps, weigh
+from jaxrl_sd.types import Batch, Problem, Sample
+from jaxrl_sd.update import weigh
 
-G, T, V = 4, 3, 5
-STEP = 10
 VERDICT = {"1": True, "0": False, "?": None}  # one letter a row
-# A mixed group of which one row could not be graded, a group without, with one, and with nothing
-# but correct answers.
-MIXED = "110? 0000 1000 1111"
 UNGATED = ("sdpg", {"beta": 3.0, "alpha": 0.0, "warmup": 30, "gate": False})
 VARIANTS = [
     ("grpo", {}),
@@ -101,7 +95,6 @@ REQUIRED = dict.fromkeys(("opd", "opd_top_k", "opd_sampled"), CHECKPOINT)
 SHORT = {"sdft": {"skip": 1}}
 # Its advantages are gaps, of log-probabilities that float32 knows to 4e-7 nats; of 30 tokens.
 ROUNDING = {"opd_sampled": 4e-7 / 30}
-LOGITS = ("student", "old", "teacher", "reference")
 HINTS = {
     "sc_grpo": oracles.sc_grpo_hints,
     "sdpo": oracles.verified_siblings,
@@ -153,83 +146,39 @@ def draw_case(
     )
 
 
-def verdicts_of(case: Case) -> base.Verdicts:
-    return base.Verdicts(*(getattr(case, field) for field in base.Verdicts._fields))
-
-
-def batch_of(case: Case, method: base.Method, garbage: float = 0.0) -> Batch:
-    """As training makes it, but groups that are not kept stay, masked, in their places."""
-    B = len(case.mask)
-    grades = method.grade(verdicts_of(case))
-    rows = grades.trained & np.repeat(grades.kept, case.group_size)
-    mask_t = jnp.asarray(case.mask & rows[:, None], jnp.float32)
-    ones, nothing = jnp.ones(B, jnp.int32), jnp.zeros((B, 1), jnp.int32)
-    unused_t = jnp.where(case.mask, 0.0, garbage)
-    rollouts = Rollouts(
-        prompt=nothing,
-        prompt_length=ones,
-        response=jnp.asarray(case.token, jnp.int32),
-        mask_t=mask_t,
-        sampler_logp_t=unused_t,
-        behaviour_logp_t=unused_t,
-        reward=jnp.asarray(np.where(case.graded, grades.reward, garbage), jnp.float32),
-        correct=jnp.asarray(case.correct, jnp.float32),
-        graded=jnp.asarray(case.graded, jnp.float32),
+def given(case: Case) -> conformance.Case:
+    """The oracles' case as the methods are given it; its reference is what every row is shown."""
+    everything = np.ones(len(case.mask), bool), np.full(len(case.mask), -1)
+    return conformance.Case(
+        student=case.student,
+        old=case.old,
+        teachers={"teacher": case.teacher, "reference": case.reference},
+        token=case.token,
+        mask=case.mask,
+        correct=case.correct,
+        graded=case.graded,
+        truncated=case.truncated,
+        length=case.length,
+        shown={"teacher": Shown(case.shown, case.source), "reference": Shown(*everything)},
         group_size=case.group_size,
+        max_length=case.max_length,
+        step=case.step,
     )
-    teacher = Hints(
-        nothing, ones, jnp.asarray(case.shown, jnp.float32), jnp.asarray(case.source, jnp.int32)
-    )
-    reference = Hints(nothing, ones, jnp.ones(B), -ones)
-    hints = {"teacher": teacher, "reference": reference}
-    return Batch(rollouts, {name: hints[name] for name in method.teachers})
+
+
+def batch_of(case: Case, method: base.Method) -> Batch:
+    return conformance.batch_of(given(case), method)
 
 
 @cache
-def compiled(name: str, hyper: tuple):
-    """(student, {name: logits}, batch, step, garbage) -> loss, its gradient, credit, metrics."""
-    method = make(name, **dict(hyper))
-    steps = make_steps(
-        method,
-        optax.identity(),
-        configs={},
-        mini_batches=1,
-        temperature=1.0,
-        compute=Compute(),
-    )
-
-    @jax.jit
-    def run(student, logits, batch, step, garbage):
-        mask_t = batch.rollouts.mask_t != 0
-
-        def measure(requests, student):
-            measured = {
-                name: statistic(student, logits.get(teacher), batch.rollouts.response)
-                for name, (teacher, statistic) in requests.items()
-            }
-            return {name: jnp.where(mask_t, x, garbage) for name, x in measured.items()}
-
-        scores = measure({**ALWAYS_SCORED, **method.score}, logits["old"])
-        credited, metrics = steps.credit(batch.replace(scores=scores), step)
-
-        def loss(student):
-            probed = measure({**ALWAYS_PROBED, **method.probe}, student)
-            loss_t, _ = method.loss(probed, credited, step)
-            return losses.weighted_sum(loss_t, credited.weight_t)
-
-        value, gradient = jax.value_and_grad(loss)(student)
-        return value, gradient, credited.credit, metrics
-
-    return method, run
+def compiled(name: str, hyper: tuple = ()) -> conformance.Compiled:
+    return conformance.compiled(make(name, **dict(hyper)))
 
 
-def evaluate(name: str, case: Case, garbage: float = 0.0, **hyper):
-    method, run = compiled(name, tuple(hyper.items()))
-    logits = {
-        k: jnp.asarray(getattr(case, k), jnp.float32) for k in ("old", "teacher", "reference")
-    }
-    student = jnp.asarray(case.student, jnp.float32)
-    return run(student, logits, batch_of(case, method, garbage), jnp.int32(case.step), garbage)
+def evaluate(name: str, case: Case, **hyper):
+    """The loss, its gradient, the credit and its metrics."""
+    outcome = conformance.evaluate(compiled(name, tuple(hyper.items())), given(case))
+    return outcome.loss_t.sum(), *outcome[1:]
 
 
 # What the papers' algorithms give.
@@ -273,117 +222,10 @@ def test_weights_of_the_teacher_are_the_published_ones(name, source):
 
 
 @every_method
-@pytest.mark.parametrize(
-    "verdicts, lengths, truncated",
-    [
-        ("1111 1111 1111 1111", [3, 1], [0, 0, 0, 0]),
-        ("0000 0000 0000 0000", [3, 1], [0, 0, 0, 0]),
-        ("1100 0000 1000 1111", [3] + [0] * 15, [0, 0, 0, 0]),
-        ("1100 0000 1000 1111", [1] + [0] * 15, [0, 0, 0, 0]),
-        ("1100 0000 1000 1111", [0], [0, 0, 0, 0]),
-        ("0000 0000 1000 1111", [3], [1, 1, 1, 1]),
-        ("1100 0000 1000 1111", [3], [1, 0, 0, 1]),
-        ("???? ?1?? ??0? 01??", [3, 1], [0, 0, 0, 0]),
-        ("???? ???? ???? ????", [3, 1], [0, 0, 0, 0]),
-    ],
-    ids=[
-        *["correct", "wrong", "one row", "one token", "masked", "truncated", "truncated groups"],
-        *["ungraded", "none graded"],
-    ],
-)
-def test_everything_is_finite(name, verdicts, lengths, truncated):
-    case = draw_case(
-        name, verdicts, lengths=np.resize(lengths, 16), truncated=np.repeat(truncated, G) == 1
-    )
-    results = evaluate(name, case)
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(results))
-    method = make(name)
-    if not weigh(method, batch_of(case, method), 1).weight_t.any():
-        assert results[0] == 0
-        assert not results[1].any()
-
-
-@every_method
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e4])
-def test_what_is_masked_does_not_matter(name, garbage):
-    case = draw_case(name)
-    want, got = evaluate(name, case), evaluate(name, case, garbage=garbage)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@every_method
-def test_padding_of_responses_does_not_matter(name):
-    hyper = {"max_tokens": T} if name == "dr_grpo" else {}
-    case = draw_case(name)
-    rng = np.random.default_rng(1)
-    more = {k: rng.standard_normal((16, 2, V)) for k in LOGITS}
-    more |= {"token": rng.integers(V, size=(16, 2)), "mask": np.zeros((16, 2), bool)}
-    wider = {k: np.concatenate([getattr(case, k), x], axis=1) for k, x in more.items()}
-    loss, gradient, credit, _ = evaluate(name, case, **hyper)
-    got = evaluate(name, case._replace(**wider), garbage=math.nan, **hyper)
-    np.testing.assert_allclose(got[0], loss, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(got[1][:, :T], gradient, rtol=0, atol=1e-8)
-    np.testing.assert_allclose(got[2].adv_t[:, :T], credit.adv_t, rtol=1e-6)
-    assert not any(x[:, T:].any() for x in (got[1], got[2].adv_t, got[2].distill_t))
-
-
-@every_method
-def test_order_of_groups_does_not_matter(name):
-    case = draw_case(name)
-    rows = (np.array([2, 0, 3, 1])[:, None] * G + np.arange(G)).ravel()
-    moved = case._replace(**{k: v[rows] for k, v in case._asdict().items() if np.ndim(v)})
-    source = np.where(moved.source < 0, -1, np.argsort(rows)[moved.source])
-    loss, gradient, credit, _ = evaluate(name, case)
-    got_loss, got_gradient, got_credit, _ = evaluate(name, moved._replace(source=source))
-    np.testing.assert_allclose(got_loss, loss, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(got_gradient, gradient[rows], rtol=0, atol=1e-8)
-    np.testing.assert_allclose(got_credit.adv_t, credit.adv_t[rows], rtol=1e-6)
-
-
-@every_method
-def test_order_of_the_vocabulary_does_not_matter(name):
-    case = draw_case(name)
-    order = np.array([3, 1, 4, 0, 2])
-    moved = case._replace(
-        token=np.argsort(order)[case.token], **{k: getattr(case, k)[..., order] for k in LOGITS}
-    )
-    loss, gradient, *_ = evaluate(name, case)
-    got_loss, got_gradient, *_ = evaluate(name, moved)
-    np.testing.assert_allclose(got_loss, loss, rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(got_gradient, gradient[..., order], rtol=0, atol=1e-7)
-
-
-@every_method
-def test_a_shift_of_all_logits_does_not_matter(name):
-    case = draw_case(name)
-    shifts = np.random.default_rng(1).uniform(-5, 5, size=(4, 16, T, 1))
-    shifted = case._replace(
-        **{k: getattr(case, k) + by for k, by in zip(LOGITS, shifts, strict=True)}
-    )
-    loss, gradient, *_ = evaluate(name, case)
-    got_loss, got_gradient, *_ = evaluate(name, shifted)
-    np.testing.assert_allclose(got_loss, loss, rtol=1e-5)
-    np.testing.assert_allclose(got_gradient, gradient, rtol=0, atol=1e-6)
-
-
-@every_method
-def test_no_gradient_reaches_scores_or_advantages(name):
-    """Else a teacher or the old policy would be trained through the weights they gave."""
-    case = draw_case(name, eps=0.1)
-    method = make(name)
-    t = jnp.asarray(np.random.default_rng(1).standard_normal((3, 16, T)) * 0.1, jnp.float32)
-    names = [*ALWAYS_SCORED, *method.score]
-    probed = {stat: t[0] for stat in [*ALWAYS_PROBED, *method.probe]}
-    batch = batch_of(case, method).replace(scores={stat: t[1] for stat in names})
-
-    def loss(scores, adv_t, probed):
-        credit = base.Credit(adv_t, jnp.ones((16, T)))
-        loss_t, _ = method.loss(probed, batch.replace(scores=scores, credit=credit), 0)
-        return loss_t.sum()
-
-    to_scores, to_adv, to_probed = jax.grad(loss, argnums=(0, 1, 2))(batch.scores, t[2], probed)
-    assert not any(x.any() for x in jax.tree.leaves((to_scores, to_adv)))
-    assert any(x.any() for x in jax.tree.leaves(to_probed))
+@pytest.mark.parametrize("rule", conformance.RULES, ids=lambda rule: rule.__name__)
+def test_conforms(name, rule):
+    # Without a budget of tokens, it divides by the length of the padded responses.
+    rule(compiled(name, (("max_tokens", T),) if name == "dr_grpo" else ()))
 
 
 DISTILS = {
@@ -878,7 +720,7 @@ def test_dr_grpo_divides_by_the_budget_and_not_by_lengths():
 
 def grade(verdicts: str, lengths: list[int], max_length: int, **hyper) -> base.Grades:
     case = draw_case("dapo", verdicts, lengths=lengths)._replace(max_length=max_length)
-    return make("dapo", **hyper).grade(verdicts_of(case))
+    return make("dapo", **hyper).grade(conformance.verdicts_of(given(case)))
 
 
 def test_dapo_rewards():
