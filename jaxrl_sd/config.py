@@ -32,6 +32,7 @@ from jaxrl_sd.types import InputError, first_line
 from jaxrl_sd.verify import VERIFIERS
 
 TINY_MODEL = str(Path(__file__).parent / "assets" / "tiny")
+CHAINS_MODEL = str(Path(__file__).parent / "assets" / "chains")
 SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16")
 

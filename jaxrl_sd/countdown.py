@@ -8,6 +8,7 @@ first, so that each distinct step has one text; the verifier accepts any order.
 
 import random
 import zlib
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class Step(NamedTuple):
 
 
 LEVELS = (Level(0.2, 2, 20), Level(0.7, 3, 9), Level(0.1, 4, 9))
+HARD_LEVELS = (Level(0.3, 3, 9), Level(0.4, 3, 15), Level(0.3, 4, 9))
 
 # The words around a hint are few: teacher prompts are the longest sequences of a run.
 TEMPLATES = {
@@ -106,9 +108,17 @@ def _class_hash(numbers: list[int], target: int) -> int:
     return zlib.crc32(repr((sorted(numbers), target)).encode())
 
 
-def _draw(rng: random.Random) -> tuple[list[int], int]:
+def check_draw(split: str, count: int) -> None:
+    """InputError where a built-in task has no such split, or no problem is asked for."""
+    if split not in ("train", "test"):
+        raise InputError(f"split: got {split!r}, expected 'train' or 'test'")
+    if count < 1:
+        raise InputError(f"count: got {count}, expected at least 1")
+
+
+def _draw(rng: random.Random, levels: Sequence[Level]) -> tuple[list[int], int]:
     """Numbers, and a target that random steps reach from them (0 included)."""
-    level = rng.choices(LEVELS, [level.share for level in LEVELS])[0]
+    level = rng.choices(levels, [level.share for level in levels])[0]
     numbers = [rng.randint(1, level.largest) for _ in range(level.numbers)]
     left = tuple(sorted(numbers))
     while len(left) > 1:
@@ -116,7 +126,9 @@ def _draw(rng: random.Random) -> tuple[list[int], int]:
     return numbers, left[0]
 
 
-def problems(split: str, count: int, seed: int) -> list[Problem]:
+def problems(
+    split: str, count: int, seed: int, *, levels: Sequence[Level] = LEVELS
+) -> list[Problem]:
     """Draws `count` problems, the same for the same arguments.
 
     One class in eight is held out, a class being all prompts with the same numbers, in any order,
@@ -125,14 +137,11 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
     Raises:
       InputError: split is neither "train" nor "test", or count is not positive.
     """
-    if split not in ("train", "test"):
-        raise InputError(f"split: got {split!r}, expected 'train' or 'test'")
-    if count < 1:
-        raise InputError(f"count: got {count}, expected at least 1")
+    check_draw(split, count)
     rng = random.Random(f"{split} {seed}")
     drawn = []
     while len(drawn) < count:
-        numbers, target = _draw(rng)
+        numbers, target = _draw(rng, levels)
         code = _class_hash(numbers, target)
         if target == 0 or (code % 8 == 0) != (split == "test"):
             continue

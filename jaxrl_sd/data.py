@@ -9,15 +9,24 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grain
 from absl import logging
 
-from jaxrl_sd import code_problems, countdown
+from jaxrl_sd import chains, code_problems, countdown
 from jaxrl_sd.tokens import is_text
 from jaxrl_sd.types import InputError, Problem, first_line
+
+# Built-in tasks: functions of the split, how many problems to draw, and the generator's seed.
+TASKS = {
+    "countdown": countdown.problems,
+    "countdown_hard": partial(countdown.problems, levels=countdown.HARD_LEVELS),
+    "chains": chains.problems,
+    "chains_answer": partial(chains.problems, terse=True),
+}
 
 # Usual names of the columns, in order of preference. A dot reaches into a nested object.
 COLUMNS = {
@@ -52,11 +61,11 @@ def load(
     """The problems of a split.
 
     Args:
-      source: "countdown" for the built-in task; a JSON-lines, JSON or Parquet file; a folder of
+      source: one of `TASKS`, which are built in; a JSON-lines, JSON or Parquet file; a folder of
         such files, or one that `datasets` has saved; or the name of a data set of the Hugging Face
         hub.
-      split: "train" or "test"; the built-in task's splits share no class of problems.
-      count: how many to generate (built-in task), or to read at most (else; 0 reads all).
+      split: "train" or "test"; a built-in task's splits share no class of problems.
+      count: how many to generate (built-in tasks), or to read at most (else; 0 reads all).
       seed: of the generator; data sets ignore it.
       suffix: text that ends every prompt.
       subset: of a data set that has several.
@@ -66,13 +75,13 @@ def load(
       answers: whether every row must have an answer.
 
     Raises:
-      InputError: no count for the built-in task; a source that cannot be read; a row that is no
+      InputError: no count for a built-in task; a source that cannot be read; a row that is no
         problem.
     """
-    if source == "countdown":
+    if source in TASKS:
         if count < 1:
-            raise InputError(f"data.num_{split}: expected at least 1 of countdown, got {count}")
-        problems = countdown.problems(split, count, seed)
+            raise InputError(f"data.num_{split}: expected at least 1 of {source}, got {count}")
+        problems = TASKS[source](split, count, seed)
     else:
         try:
             rows = _rows(source, subset, hub_split or split, count)
@@ -225,8 +234,8 @@ def _rows(source: str, subset: str, split: str, count: int) -> dict[str, Row]:
         rows = _read_dataset(path, source, subset, split)
     else:
         raise InputError(
-            f"expected 'countdown', a {', '.join(FILES)} file, a folder or the name of a data set "
-            f"of the hub, got {source}: no such file or folder"
+            f"expected {', '.join(map(repr, TASKS))}, a {', '.join(FILES)} file, a folder or the "
+            f"name of a data set of the hub, got {source}: no such file or folder"
         )
     if not rows:
         raise InputError(f"expected at least one problem, got an empty data set: {source}")

@@ -5,15 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from shipped import Shipped, accuracy_by_problem
 
-from jaxrl_sd import countdown, tokens, weights
+from jaxrl_sd import countdown, data, tokens, weights
 from jaxrl_sd.countdown import TEMPLATES
-from jaxrl_sd.sampler import SamplingConfig, sample
 from jaxrl_sd.types import InputError
 from jaxrl_sd.verify.countdown import verify
 
 ASSET = Path(countdown.__file__).parent / "assets" / "tiny"
-MAX_RESPONSE = 24
 TRAIN = countdown.problems("train", 300, seed=3)
 TEST = countdown.problems("test", 300, seed=3)
 
@@ -84,6 +83,16 @@ def test_levels_come_in_their_shares():
         assert abs(sizes.count(level.numbers) / len(sizes) - level.share) < 0.03
 
 
+def test_the_hard_task_has_its_own_levels_and_the_same_splits():
+    train, test = (data.load("countdown_hard", split, 3000, 0) for split in ("train", "test"))
+    numbers = [countdown.parse_prompt(problem.prompt)[0] for problem in train]
+    assert abs(np.mean([len(n) == 4 for n in numbers]) - countdown.HARD_LEVELS[2].share) < 0.03
+    assert any(len(n) == 3 and max(n) > 9 for n in numbers)
+    easy = {countdown.parse_prompt(p.prompt) for p in countdown.problems("train", 5000, seed=0)}
+    assert not easy & {countdown.parse_prompt(problem.prompt) for problem in test}
+    assert all(verify(problem.prompt, "", problem.solution) for problem in test)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("dev", 1, 0), "split: got 'dev'"), (("test", 0, 0), "count: got 0")],
@@ -133,38 +142,15 @@ def test_asset_is_small_and_matches_its_tokenizer(tokenizer):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
-def accuracy_by_problem(tokenizer, problems, kind: str, group_size: int) -> np.ndarray:
-    """Share of correct samples at temperature 1, f64[problems]."""
-    params, config = weights.load(ASSET)
-    template = tokens.Template(**TEMPLATES[kind])
-    prompts = [tokens.render(tokenizer, template, slots(problem)) for problem in problems]
-    prompt, length = tokens.left_pad(prompts, 44, tokenizer.pad_token_id)
-    stop_ids = (tokenizer.eos_token_id,)
-    samples = sample(
-        params,
-        jax.random.key(0),
-        prompt,
-        length,
-        group_size=group_size,
-        sampling=SamplingConfig(MAX_RESPONSE, stop_ids, tokenizer.pad_token_id),
-        config=config,
-    )
-    samples = jax.device_get(samples)
-    correct = np.zeros((len(problems), group_size))
-    for p, g in np.ndindex(correct.shape):
-        ids = samples.response[p, g, : samples.length[p, g]]
-        text = tokens.response_text(tokenizer, ids, stop_ids)
-        stopped = not samples.truncated[p, g]
-        correct[p, g] = stopped and verify(problems[p].prompt, problems[p].answer, text)
-    return correct.mean(axis=1)
+SHIPPED = Shipped(ASSET, TEMPLATES, slots, verify, max_prompt=44, max_response=24)
 
 
-def test_shipped_model_uses_hints_and_starts_with_every_kind_of_group(tokenizer):
+def test_shipped_model_uses_hints_and_starts_with_every_kind_of_group():
     problems = TEST[:128]
-    plain = accuracy_by_problem(tokenizer, problems, "nothing", group_size=8)
+    plain = accuracy_by_problem(SHIPPED, problems, "nothing", group_size=8)
     assert 0.3 < plain.mean() < 0.55
     assert np.mean(plain == 0) >= 0.08
     assert np.mean(plain == 1) >= 0.08
     for kind in ("answer", "solution"):
-        hinted = accuracy_by_problem(tokenizer, problems, kind, group_size=8)
+        hinted = accuracy_by_problem(SHIPPED, problems, kind, group_size=8)
         assert hinted.mean() - plain.mean() >= 0.3

@@ -11,6 +11,7 @@ hang or crash whatever tries to understand it.
 VERIFIERS: dict[str, str] = {
     "math": "jaxrl_sd.verify.math:verify",
     "countdown": "jaxrl_sd.verify.countdown:verify",
+    "chains": "jaxrl_sd.verify.chains:verify",
     "code": "jaxrl_sd.verify.code:verify",
 }
 
@@ -23,9 +24,13 @@ MACHINE_CHECKS: dict[str, str] = {"code": "jaxrl_sd.verify.sandbox:check"}
 # Functions of a prompt and an answer that raise ValueError where no response could be judged.
 PROBLEM_CHECKS: dict[str, str] = {
     "countdown": "jaxrl_sd.verify.countdown:check_problem",
+    "chains": "jaxrl_sd.verify.chains:check_problem",
     "code": "jaxrl_sd.verify.code:check_problem",
 }
 
 # Functions `final_answer(response: str) -> str | None` that give equal answers equal texts. Where a
 # verifier has none, its answers cannot be put to a vote (maj@k).
-FINAL_ANSWERS: dict[str, str] = {"math": "jaxrl_sd.verify.math:final_answer"}
+FINAL_ANSWERS: dict[str, str] = {
+    "math": "jaxrl_sd.verify.math:final_answer",
+    "chains": "jaxrl_sd.verify.chains:final_answer",
+}
