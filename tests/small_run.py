@@ -1,6 +1,6 @@
 """A small job for test_train.py, and a program that runs it and kills itself at a given moment.
 
-python small_run.py FOLDER MOMENT, where a moment is a key of `MOMENTS`, or "never".
+python small_run.py FOLDER MOMENT, where a moment is a key of `MOMENTS`.
 """
 
 import os
@@ -12,14 +12,14 @@ from jaxrl_sd import config as configuration
 from jaxrl_sd.train import train
 
 
-def small_config(folder, **settings):
+def small_config(folder, steps=4, **settings):
     """The shipped model, a few short steps."""
     config = configuration.default()
-    config.output_dir = str(folder)
-    config.steps = 4
+    config.output_dir, config.steps = str(folder), steps
     config.data.num_train, config.data.num_test = 64, 8
     config.rollout.prompts, config.rollout.group_size = 4, 4
-    config.evaluation.every, config.evaluation.samples = 2, 2
+    config.rollout.temperature = 0.9  # sampler and trainer must agree about it
+    config.evaluation.every, config.evaluation.samples = 2, 4  # as in training: one sampler
     config.checkpoint.every = 2
     config.verifier.workers = 1
     for field, value in settings.items():
@@ -60,9 +60,6 @@ MOMENTS = {
 
 if __name__ == "__main__":
     folder, moment = sys.argv[1:]
-    if moment in MOMENTS:
-        module, name, call, after = MOMENTS[moment]
-        setattr(module, name, dying(getattr(module, name), call, after))
-    config = small_config(folder)
-    config.steps = 6
-    train(config)
+    module, name, call, after = MOMENTS[moment]
+    setattr(module, name, dying(getattr(module, name), call, after))
+    train(small_config(folder, steps=6))

@@ -1,6 +1,8 @@
 """Low-rank adapters: trained alone over shared weights, and at home in peft and transformers."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -127,16 +129,23 @@ def lora_config(folder, **settings):
     return small_config(folder, lora__rank=2, lora__alpha=4.0, **settings)
 
 
-def test_training_changes_the_adapter_alone(tmp_path):
-    """And a run with one stops, continues and exports like any other."""
-    whole, parts = lora_config(tmp_path / "whole"), lora_config(tmp_path / "parts")
-    train.train(whole)
-    parts.steps = 2
-    train.train(parts)
-    parts.steps = 4
-    train.train(parts)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps, which nobody changes."""
+    config = lora_config(tmp_path_factory.mktemp("trained"))
+    train.train(config)
+    return config
+
+
+def test_training_changes_the_adapter_alone(trained, tmp_path):
+    """And a run with one that was stopped continues and exports like any other."""
+    whole, stopped = trained, lora_config(tmp_path / "stopped")
+    shutil.copytree(whole.output_dir, stopped.output_dir)
+    for written_later in ("checkpoints/4", "model", "adapter"):
+        shutil.rmtree(Path(stopped.output_dir, written_later))
+    train.train(stopped)
     ids, logits = draw_ids(), []
-    for config in (whole, parts):
+    for config in (whole, stopped):
         folder = f"{config.output_dir}/adapter"
         lora = replace(TINY, lora=adapters.load_config(folder))
         adapter = adapters.load(folder, lora)
@@ -177,11 +186,8 @@ def test_only_the_first_process_writes_an_adapter(tmp_path, monkeypatch):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_the_chat_template_comes_along(tmp_path):
-    config = lora_config(tmp_path)
-    config.steps = 1
-    train.train(config)
-    assert tokens.load_tokenizer(tmp_path / "model").chat_template
+def test_the_chat_template_comes_along(trained):
+    assert tokens.load_tokenizer(f"{trained.output_dir}/model").chat_template
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,7 @@
 """Answers are kept as they come, whatever stops the program, and results follow from them alone."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -94,29 +90,6 @@ def test_a_finished_run_samples_nothing(whole, tmp_path, monkeypatch):
     assert len(problems) == len(records) == 10
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """Runs Python in processes that share what they compile; no result depends on it."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=Path(__file__).parents[1],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    return run
-
-
 KILLED = """
 import sys
 from test_answers import small
@@ -134,9 +107,9 @@ answers.collect(small(sys.argv[1]), "test")
 """
 
 
-def test_a_killed_process_loses_one_batch(whole, tmp_path, processes):
+def test_a_killed_process_loses_one_batch(whole, tmp_path, python):
     folder = tmp_path / "killed"
-    done = processes("-c", KILLED, folder)
+    done = python("-c", KILLED, folder)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert len((folder / answers.FILE).read_text().splitlines()) == 4
     answers.collect(small(folder), "test")
@@ -317,7 +290,7 @@ def copy_settings(folder, records):
 # ---- the programs
 
 
-def test_evaluation_of_a_file_of_mathematics_problems(tmp_path, processes):
+def test_evaluation_of_a_file_of_mathematics_problems(tmp_path, python):
     """The numbers that the shipped model ends with are final answers, so it can vote."""
     rows = [{"id": f"p{n}", "problem": f"{n} 3 : {n + 3}", "answer": str(n + 3)} for n in (4, 5, 6)]
     file = tmp_path / "problems.jsonl"
@@ -327,7 +300,7 @@ def test_evaluation_of_a_file_of_mathematics_problems(tmp_path, processes):
         *(f"--config.data.test={file}", "--config.rollout.prompts=2"),
         "--config.evaluation.samples=5",
     )
-    done = processes("-m", "experiments.evaluate", *arguments)
+    done = python("-m", "experiments.evaluate", *arguments)
     assert done.returncode == 0, done.stderr
     out = json.loads((tmp_path / "run" / "results.json").read_text())
     assert out["settings"]["samples"] == 5 and out["settings"]["data"]["num_test"] == 0
@@ -337,7 +310,7 @@ def test_evaluation_of_a_file_of_mathematics_problems(tmp_path, processes):
     assert any(sample["final_answer"] for record in records for sample in record["samples"])
     assert "| avg@5 |" in done.stdout and "problem 3/3" in done.stderr
     before = (tmp_path / "run" / "results.md").read_text()
-    done = processes("-m", "experiments.evaluate", *arguments, "--config.rollout.top_k=3")
+    done = python("-m", "experiments.evaluate", *arguments, "--config.rollout.top_k=3")
     assert done.returncode == 1
     assert "holds a run with rollout.top_k = 0, got 3; choose another folder" in done.stderr
     assert (tmp_path / "run" / "results.md").read_text() == before
@@ -353,15 +326,15 @@ def test_evaluation_of_a_file_of_mathematics_problems(tmp_path, processes):
         ("filter_data", (), "error: flag --output=None: Flag --output must have a value"),
     ],
 )
-def test_the_programs_answer_in_one_line(tmp_path, processes, program, arguments, text):
+def test_the_programs_answer_in_one_line(tmp_path, python, program, arguments, text):
     arguments = (argument.replace("=x", f"={tmp_path}/x") for argument in arguments)
-    done = processes("-m", f"experiments.{program}", *arguments)
+    done = python("-m", f"experiments.{program}", *arguments)
     assert done.returncode == 1
     assert done.stderr.startswith(text) and len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_filtered_problems_are_read_back_with_all_their_columns(tmp_path, processes):
+def test_filtered_problems_are_read_back_with_all_their_columns(tmp_path, python):
     rows = [
         {
             "problem": f"{n} 3 : {n + 3}" if n < 12 else f"{n} 1 : 50",
@@ -377,7 +350,7 @@ def test_filtered_problems_are_read_back_with_all_their_columns(tmp_path, proces
         *(f"--output={kept}", "--samples=4", f"--config.data.train={file}"),
         *("--config.rollout.prompts=4", "--config.data.num_train=0"),
     )
-    done = processes("-m", "experiments.filter_data", *arguments)
+    done = python("-m", "experiments.filter_data", *arguments)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in kept.read_text().splitlines()]
     assert {tuple(row) for row in found} == {(*rows[0], "pass_rate")}
@@ -388,7 +361,7 @@ def test_filtered_problems_are_read_back_with_all_their_columns(tmp_path, proces
     assert [p.prompt for p in data.load(str(kept), "train", 0, 0)] == [r["problem"] for r in found]
     everything = tmp_path / "all.jsonl"
     more = (*arguments[1:], f"--output={everything}", f"--output_dir={kept}.answers")
-    done = processes("-m", "experiments.filter_data", *more, "--max_pass=1")
+    done = python("-m", "experiments.filter_data", *more, "--max_pass=1")
     assert done.stdout.startswith("10 kept, 0 too easy, 0 too hard, 0 ungraded")
     assert "problem 10/10" in done.stderr and "problem 4/10" not in done.stderr
 

@@ -2,10 +2,7 @@
 
 import json
 import math
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 
@@ -153,9 +150,7 @@ def test_a_peer_that_fails_ends_the_figure(tmp_path):
         peers.run("trl", "/bin/false", peers.WORKLOADS[0], tmp_path, tmp_path)
 
 
-def test_an_unknown_figure_is_refused():
-    command = [sys.executable, "-m", "experiments.benchmark", "--only=speed"]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+def test_an_unknown_figure_is_refused(python):
+    done = python("-m", "experiments.benchmark", "--only=speed")
     assert done.returncode == 1
     assert done.stderr.startswith("error: --only: speed: expected some of ceilings, head")

@@ -3,8 +3,6 @@
 import inspect
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_type_hints
 
@@ -419,9 +417,8 @@ def test_learning_rate_warms_up_and_decays(config):
         (("--help",), 1, "sc_grpo       Tokens weigh more where"),
     ],
 )
-def test_the_command_line_answers_in_one_line(tmp_path, arguments, status, text):
-    command = [sys.executable, "-m", "experiments.train", f"--output_dir={tmp_path}/run"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+def test_the_command_line_answers_in_one_line(tmp_path, python, arguments, status, text):
+    done = python("-m", "experiments.train", f"--output_dir={tmp_path}/run", *arguments)
     assert done.returncode == status
     assert text in done.stdout + done.stderr
     assert len(done.stderr.splitlines()) <= 1

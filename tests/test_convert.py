@@ -1,10 +1,8 @@
 """experiments/convert.py: nothing of a model is lost on the way through either form."""
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -15,7 +13,7 @@ from safetensors.numpy import load_file
 from small_run import small_config
 
 from experiments.convert import make_empty, read, write
-from jaxrl_sd import adapters, weights
+from jaxrl_sd import adapters, checkpoint, weights
 from jaxrl_sd import config as configuration
 from jaxrl_sd.model import Lora, init_adapter, merge
 from jaxrl_sd.train import train
@@ -92,41 +90,63 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
             make_empty(target)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """rank -> a run of two steps over a copy of the model, and its policies by step."""
+
+    @cache
+    def run(rank):
+        folder, had, save = tmp_path_factory.mktemp("trained"), {}, checkpoint.save
+        model = shutil.copytree(TINY, folder / "model")
+        config = small_config(folder / "run", steps=2, lora__rank=rank, model__path=str(model))
+        config.checkpoint.every = 1
+        base, of_model = weights.load(model)
+        of_model = replace(of_model, lora=configuration.lora(config))
+
+        def seen(checkpoints, state, *rest):
+            params = jax.device_get(state.params)
+            had[int(state.step)] = merge(base, params, of_model) if rank else params
+            save(checkpoints, state, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save", seen)
+            train(config)
+        return folder / "run", had
+
+    return run
+
+
 @pytest.mark.parametrize("rank", [0, 2])
-def test_what_a_run_had_at_a_step(tmp_path, rank):
-    config = small_config(tmp_path / "run", lora__rank=rank, checkpoint__every=1)
-    config.steps = 2
-    train(config)
-    half = config.copy_and_resolve_references()
-    half.output_dir, half.steps = str(tmp_path / "half"), 1
-    train(half)
-    convert(tmp_path / "run", tmp_path / "last")
-    convert(tmp_path / "run", tmp_path / "first", step=1)
-    for name, model in (("last", "run/model"), ("first", "half/model")):
-        got, want = tensors(tmp_path / name), tensors(tmp_path / model)
-        assert got.keys() == want.keys()
-        # Merged over 8 devices and on one: the same sums, rounded in another order.
-        for tensor, x in want.items():
-            np.testing.assert_allclose(got[tensor], x, rtol=0, atol=1e-7 if rank else 0.0)
+def test_what_a_run_had_at_a_step(trained, tmp_path, rank):
+    run, had = trained(rank)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), had[1], had[2])
+    assert max(jax.tree.leaves(moved)) > 1e-5
+    convert(run, tmp_path / "last")
+    convert(run, tmp_path / "first", step=1)
+    # Merged over 8 devices and on one: the same sums, rounded in another order.
+    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-7 if rank else 0.0)
+    for name, step in (("last", 2), ("first", 1)):
+        jax.tree.map(close, weights.load(tmp_path / name)[0], had[step])
+    jax.tree.map(close, tensors(tmp_path / "last"), tensors(run / "model"))
     for step in (0, 9):
         message = rf"--step: .* has checkpoints of the steps \[1, 2\], got {step}"
         with pytest.raises(InputError, match=message):
-            convert(tmp_path / "run", tmp_path / "none", step=step)
+            convert(run, tmp_path / "none", step=step)
     if rank:
-        convert(tmp_path / "run", tmp_path / "adapter", "peft")
-        assert_same_tensors(tensors(tmp_path / "adapter"), tensors(tmp_path / "run/adapter"))
+        convert(run, tmp_path / "adapter", "peft")
+        assert_same_tensors(tensors(tmp_path / "adapter"), tensors(run / "adapter"))
 
 
-def test_a_run_over_a_model_that_changed_is_refused(tmp_path):
-    model = shutil.copytree(TINY, tmp_path / "model")
-    config = small_config(tmp_path / "run", lora__rank=2, model__path=str(model))
-    config.steps = 1
-    train(config)
+def test_a_run_over_a_model_that_changed_is_refused(trained, tmp_path):
+    run, _ = trained(2)
+    model, kept = run.parent / "model", tmp_path / "kept"
+    shutil.copytree(model, kept)
     params, of_model = weights.load(model)
     params["final_norm"] = params["final_norm"].at[0].add(1e-6)
     weights.save(model, params, of_model, eos_token_id=None)
     with pytest.raises(InputError, match="the weights are not those that the run in"):
-        convert(tmp_path / "run", tmp_path / "out")
+        convert(run, tmp_path / "out")
+    shutil.copytree(kept, model, dirs_exist_ok=True)
 
 
 DAMAGED = """
@@ -144,14 +164,11 @@ except InputError as error:
 """
 
 
-def test_a_damaged_run_is_named(tmp_path):
-    config = small_config(tmp_path / "run")
-    config.steps = 1
-    train(config)
+def test_a_damaged_run_is_named(trained, tmp_path, python):
+    run = shutil.copytree(trained(0)[0], tmp_path / "run")
     # In a process of its own: orbax leaves an event loop behind, which is a warning here.
-    command = [sys.executable, "-c", DAMAGED, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=TINY.parents[2])
-    message = f"--step: checkpoint 1 in {tmp_path}/run cannot be read"
+    done = python("-c", DAMAGED, run)
+    message = f"--step: checkpoint 2 in {run} cannot be read"
     assert done.stdout.startswith(message), done.stderr[-2000:]
     assert done.stdout.count("\n") == 1
 
@@ -166,21 +183,16 @@ def test_flags_that_do_not_fit_the_input_are_refused(tmp_path):
         convert(tmp_path, tmp_path / "out", adapter=TINY)
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, python):
     source = shutil.copytree(TINY, tmp_path / "source")
-    command = [sys.executable, "-m", "experiments.convert", f"--input={source}"]
-    run = [*command, f"--output={tmp_path / 'out'}", "--max_shard_gb=0.0001"]
-    subprocess.run(run, check=True, capture_output=True, cwd=TINY.parents[2])
+    command = ("-m", "experiments.convert", f"--input={source}")
+    done = python(*command, f"--output={tmp_path / 'out'}", "--max_shard_gb=0.0001")
+    assert done.returncode == 0, done.stderr
     assert_same_tensors(tensors(tmp_path / "out"), tensors(TINY))
     assert (tmp_path / "out" / weights.INDEX).exists()
     (source / "model.safetensors").write_bytes(b"x" * 100)
     for name, message in (("out", "is not empty"), ("bad", "not readable as safetensors")):
-        failed = subprocess.run(
-            [*command, f"--output={tmp_path / name}"],
-            capture_output=True,
-            text=True,
-            cwd=TINY.parents[2],
-        )
+        failed = python(*command, f"--output={tmp_path / name}")
         assert failed.returncode == 1
         assert failed.stderr.splitlines()[-1].startswith("error: ")
         assert message in failed.stderr

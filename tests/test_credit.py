@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -92,7 +90,7 @@ def test_what_was_not_computed_is_missing(given):
     assert report.draw_credit(given["cast"]) is not None
 
 
-def test_training_writes_the_same_records(given, tmp_path):
+def test_training_writes_the_same_records(given, tmp_path, python):
     config = config_of(tmp_path)
     config.steps = 1
     train(config)
@@ -100,14 +98,10 @@ def test_training_writes_the_same_records(given, tmp_path):
     (row,) = [row for row in metrics.read(tmp_path) if "update/divergence" in row]
     divergence = np.mean([np.mean(record["divergence"]) for record in given["hsd"]])
     assert row["update/divergence"] == pytest.approx(divergence, rel=1e-4)
-    done = show(f"--rollouts={tmp_path}/rollouts/000001.jsonl", f"--output={tmp_path}/a.html")
+    rollouts, output = f"{tmp_path}/rollouts/000001.jsonl", f"{tmp_path}/a.html"
+    done = python("-m", "experiments.show_credit", f"--rollouts={rollouts}", f"--output={output}")
     assert done.returncode == 0 and done.stdout == f"hsd -> {tmp_path}/a.html\n", done.stderr
     assert (tmp_path / "a.html").read_text().startswith("<!doctype html>")
-
-
-def show(*arguments):
-    command = [sys.executable, "-m", "experiments.show_credit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_mixed_groups_come_first():

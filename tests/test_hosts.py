@@ -16,7 +16,7 @@ from jaxrl_sd import hosts, metrics
 from jaxrl_sd.train import train
 
 CONFIG = Path(__file__).with_name("hosts_config.py")
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+FLAGS = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last counts
 ENDS_WITHIN = 60.0  # seconds after another process ended
 
 

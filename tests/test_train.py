@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import math
-import os
+import shutil
 import signal
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,16 +22,28 @@ from jaxrl_sd.train import Clock, forget_after, measure, summarize, train
 from jaxrl_sd.types import InputError, Sample
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """name -> the configuration and the summary of two steps of a method; their folder stays."""
+
+    @cache
+    def run(name):
+        folder = tmp_path_factory.mktemp(name)
+        config = small_config(folder / "run", method__name=name)
+        if name == "opd":
+            config.method.teacher = other_model(folder / "teacher")
+        config.steps = 2
+        return config, train(config)
+
+    return run
+
+
 # Those whose host side differs; tests/test_update.py runs every method's device side.
 @pytest.mark.parametrize("name", ["rlsd", "cast", "hsd", "dapo", "opd", "sdpo", "sdft"])
-def test_methods_train_through_the_entry_point(tmp_path, name):
-    config = small_config(tmp_path, method__name=name)
-    if name == "opd":
-        config.method.teacher = other_model(tmp_path / "teacher")
-    config.rollout.temperature = 0.9  # sampler and trainer must agree about it
-    config.steps = 2
-    summary = train(config)
-    rows = metrics.read(tmp_path)
+def test_methods_train_through_the_entry_point(trained, name):
+    config, summary = trained(name)
+    folder = Path(config.output_dir)
+    rows = metrics.read(folder)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert [row["step"] for row in rows] == [0, 1, 2, 2]
     assert rows[1]["rollout/sampler_logp_error_max"] < 1e-4
@@ -50,23 +61,28 @@ def test_methods_train_through_the_entry_point(tmp_path, name):
     assert rows[1]["update/skipped"] == 0 and rows[1]["update/grad_norm"] > 0
     np.testing.assert_allclose([row["update/first_ratio"] for row in rows[1:3]], 1, atol=1e-4)
     assert summary["method"] == name and summary["num_problems"] == 8
-    trained, _ = weights.load(tmp_path / "model")
+    trained, _ = weights.load(folder / "model")
     initial, _ = weights.load(configuration.TINY_MODEL)
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), trained, initial)))
-    written = {path.name for path in tmp_path.iterdir()}
+    written = {path.name for path in folder.iterdir()}
     assert {"report.md", "curves.png", "credit.png", "summary.json", "metrics.jsonl"} <= written
-    record = json.loads((tmp_path / "rollouts" / "000002.jsonl").read_text().splitlines()[0])
+    record = json.loads((folder / "rollouts" / "000002.jsonl").read_text().splitlines()[0])
     assert len(record["response_tokens"]) == len(record["advantage"])
 
 
-def test_a_run_goes_on_when_its_teacher_was_moved(tmp_path):
-    config = small_config(tmp_path / "run", method__name="opd")
-    config.method.teacher = other_model(tmp_path / "teacher")
-    config.steps = 1
-    train(config)
-    (tmp_path / "teacher").rename(tmp_path / "moved")
-    config.method.teacher, config.steps = str(tmp_path / "moved"), 2
-    assert train(config)["steps"] == 2
+def copied(config, folder):
+    """The same run in another folder, to go on there."""
+    shutil.copytree(config.output_dir, folder, dirs_exist_ok=True)
+    config = config.copy_and_resolve_references()
+    config.output_dir = str(folder)
+    return config
+
+
+def test_a_run_goes_on_when_its_teacher_was_moved(trained, tmp_path):
+    config = copied(trained("opd")[0], tmp_path / "run")
+    config.method.teacher = str(Path(config.method.teacher).rename(tmp_path / "moved"))
+    config.steps = 3
+    assert train(config)["steps"] == 3
 
 
 def other_model(folder) -> str:
@@ -81,7 +97,7 @@ def other_model(folder) -> str:
 def test_sampling_goes_on_until_the_batch_is_full_of_mixed_groups(tmp_path):
     """And where the rounds do not suffice, nothing that was done is lost."""
     config = small_config(tmp_path, method__name="dapo", rollout__max_rounds=1)
-    config.method.overlong_buffer = 0
+    config.method.overlong_buffer, config.evaluation.samples = 0, 2  # other groups than rollouts
     config.steps = 2
     with pytest.raises(InputError, match=r"rollout.max_rounds: dapo kept [0-3] of the 4 groups"):
         train(config)
@@ -93,37 +109,34 @@ def test_sampling_goes_on_until_the_batch_is_full_of_mixed_groups(tmp_path):
         assert row["rollout/kept"] == row["rollout/mixed"] < 1
     records = [json.loads(x) for x in (tmp_path / "rollouts/000002.jsonl").read_text().splitlines()]
     assert {record["reward"] for record in records} == {1, -1}
+    verdicts = json.loads((tmp_path / "evaluations/000002.json").read_text())
+    assert [len(group) for group in verdicts["sampled"]] == [2] * 8
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    config = small_config(tmp_path)
-    config.steps = 2
+def test_a_checkpoint_of_other_settings_is_refused(trained, tmp_path):
+    config, summary = trained("rlsd")
+    config = copied(config, tmp_path)
     aborted = tmp_path / "rollouts/000003.jsonl"
-    aborted.parent.mkdir()
-    aborted.write_text("")
-    spent = train(config)["seconds"]["update"]
+    aborted.touch()
+    assert train(config)["seconds"]["update"] == summary["seconds"]["update"] > 0  # not lost
     assert not aborted.exists()
     config.steps = 1
     with pytest.raises(InputError, match="steps: expected at least the 2"):
         train(config)
     config.steps = 2
-    assert train(config)["seconds"]["update"] == spent > 0  # before, and not lost
     config.optimizer.learning_rate = 1e-5
     with pytest.raises(InputError, match=r"optimizer.learning_rate = 0.0\d+, got 1e-05"):
         train(config)
 
 
-def test_the_exported_model_is_the_trained_one(tmp_path):
+def test_the_exported_model_is_the_trained_one(trained):
     """Greedy text of transformers and of our sampler are the same."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     from jaxrl_sd import countdown, sampler
 
-    config = small_config(tmp_path)
-    config.steps = 2
-    train(config)
-    folder = tmp_path / "model"
+    folder = Path(trained("rlsd")[0].output_dir) / "model"
     params, model_config = weights.load(folder)
     tokenizer = tokens.load_tokenizer(folder)
     problems = countdown.problems("test", 20, seed=5)
@@ -146,33 +159,26 @@ def test_the_exported_model_is_the_trained_one(tmp_path):
         assert out[:m] == ids[:m].tolist()
 
 
-def run_in_a_process(folder, moment):
+def test_a_killed_run_continues_bit_for_bit(tmp_path, python):
+    """In a fourth process, to what one process would have made of it."""
+    whole, killed = (small_config(tmp_path / name, steps=6) for name in ("whole", "killed"))
+    train(whole)
     program = Path(__file__).with_name("small_run.py")
-    # The processes share what they compile; the run does not depend on it.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "cache")}
-    return subprocess.run(
-        [sys.executable, program, folder, moment],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"},
-    )
-
-
-def test_a_killed_run_continues_bit_for_bit(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run_in_a_process(whole, "never").returncode == 0
+    aborted = tmp_path / "killed/rollouts/000009.jsonl"
+    aborted.parent.mkdir(parents=True)
+    aborted.touch()
     for moment in MOMENTS:
-        done = run_in_a_process(killed, moment)
+        done = python(program, killed.output_dir, moment)
         assert done.returncode == -signal.SIGKILL, (moment, done.stderr[-2000:])
-    done = run_in_a_process(killed, "never")
-    assert done.returncode == 0, done.stderr[-2000:]
+        assert not aborted.exists()
+    train(killed)
+    whole, killed = (tmp_path / name for name in ("whole", "killed"))
     for name, value in load_file(whole / "model/model.safetensors").items():
         again = load_file(killed / "model/model.safetensors")[name]
         np.testing.assert_array_equal(value, again)
     for file in ("evaluations/000006.json", "rollouts/000006.jsonl"):
         assert (whole / file).read_text() == (killed / file).read_text()
-    assert without_times(whole) == without_times(killed)
+    np.testing.assert_equal(without_times(whole), without_times(killed))  # NaN is NaN
 
 
 def without_times(folder):
@@ -239,10 +245,9 @@ with checkpoint.manager(folder, keep=2) as checkpoints:
 
 
 @pytest.mark.parametrize("part", ["meta/*", "state/**/d/*", "*"])
-def test_a_damaged_checkpoint_is_named(tmp_path, part):
+def test_a_damaged_checkpoint_is_named(tmp_path, python, part):
     # In a process of its own: orbax leaves an event loop behind, which is a warning here.
-    command = [sys.executable, "-c", BROKEN_CHECKPOINT, str(tmp_path / "saved"), part]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = python("-c", BROKEN_CHECKPOINT, tmp_path / "saved", part)
     message = f"output_dir: checkpoint 0 in {tmp_path}/saved cannot be read"
     assert done.stdout.startswith(message), done.stderr[-2000:]
     assert done.stdout.count("\n") == 1

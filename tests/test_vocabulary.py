@@ -1,6 +1,6 @@
 """Chunked statistics of a real vocabulary's size against float64; dtypes, padding, devices."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -535,26 +535,36 @@ ALL = {name: ("teacher", stat) for name, (stat, _) in STATS.items()}
 
 
 def stream_program(mesh, requests, num_tokens, chunk):
-    """Values, and gradients of a weighted sum of them, of streams; on no mesh, one by one."""
-    options = {"num_tokens": num_tokens, "temperature": 2.0, "chunk": chunk}
-
-    def values(hidden, heads, token, count):
-        if mesh is not None:
-            return chunked_streams(requests, hidden, heads, token, count, mesh=mesh, **options)
-        streams = [
-            chunked(
-                requests, {n: h[i] for n, h in hidden.items()}, heads, token[i], **options, count=c
-            )
-            for i, c in enumerate(count)
-        ]
-        return jax.tree.map(lambda *x: jnp.stack(x), *streams)
+    """Values, and gradients of a weighted sum of them, of streams."""
+    options = {"num_tokens": num_tokens, "temperature": 2.0, "chunk": chunk, "mesh": mesh}
 
     def total(hidden, heads, token, count):
-        out = values(hidden, heads, token, count)
-        weight = jnp.cos(jnp.arange(token.size)).reshape(token.shape)
-        return sum(jnp.sum(x * weight) for x in out.values()), out
+        out = chunked_streams(requests, hidden, heads, token, count, **options)
+        return sum(jnp.sum(x * weights_of(token)) for x in out.values()), out
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+
+
+def weights_of(token):
+    return jnp.cos(jnp.arange(token.size)).reshape(token.shape)
+
+
+def one_by_one(requests, num_tokens, chunk, hidden, heads, token, count):
+    """What `stream_program` gives, each stream alone on one device."""
+    options = {"num_tokens": num_tokens, "temperature": 2.0, "chunk": chunk}
+
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def of_stream(hidden, heads, token, count, weight):
+        out = chunked(requests, hidden, heads, token, **options, count=count)
+        return sum(jnp.sum(x * weight) for x in out.values()), out
+
+    streams = [
+        of_stream({name: h[i] for name, h in hidden.items()}, heads, token[i], count[i], weight)
+        for i, weight in enumerate(weights_of(token))
+    ]
+    (total, out), (to_hidden, to_heads) = jax.tree.map(lambda *x: jnp.stack(x), *streams)
+    return (total.sum(), out), (to_hidden, jax.tree.map(lambda x: x.sum(axis=0), to_heads))
 
 
 def on(mesh, hidden, heads, token, count):
@@ -573,7 +583,7 @@ def test_streams_on_a_mesh_equal_those_of_one_device(rows):
     token = jnp.arange(40, dtype=jnp.int32).reshape(4, 10) * 61 % NUM_TOKENS
     arrays = hidden, heads, token, jnp.array([10, 4, 0, 7], jnp.int32)
     requests = {name: ALL[name] for name in ALL if "0.1" not in name and "0.9" not in name}
-    want = stream_program(None, requests, NUM_TOKENS, chunk=4)(*arrays)
+    want = one_by_one(requests, NUM_TOKENS, 4, *arrays)
     shardings, arrays = on(mesh, *arrays)
     got = stream_program(mesh, requests, NUM_TOKENS, chunk=4)(*jax.device_put(arrays, shardings))
     assert_close(got, want)
