@@ -57,11 +57,12 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """Runs Python in a process of its own, as subprocess.run does, but without most imports.
 
-    Its arguments are `-m` and a module, `-c` and a program, or a file; and what follows.
+    Its arguments are `-m` and a module, `-c` and a program, or a file; and what follows. It ends
+    with its module: other tests count the children of this process.
     """
     tests = Path(__file__).parent
     server = subprocess.Popen(

@@ -106,7 +106,10 @@ def scorer(chunk: int, tied: bool = True):
         out = token_stats(REQUESTS, params, teachers, batch, part, configs, temperature, compute)
         return sum(jnp.sum(x[:, :T] * WEIGHT_T[name]) for name, x in out.items()), out
 
-    return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    # As XLA compiles for users: programs that differ behind the mask are equal to the last bit.
+    options = {"xla_cpu_use_fusion_emitters": True}
+    gradient = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    return jax.jit(gradient, compiler_options=options)
 
 
 def score(batch=None, chunk=7, tied=True, temperature=TEMPERATURE):

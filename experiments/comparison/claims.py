@@ -103,9 +103,9 @@ def markdown(rows: Sequence[Row], claims: Sequence[Claim]) -> str:
     lines = []
     for number, claim in enumerate(claims, start=1):
         found = claim.number(Runs([row for row in final if row["task"] == claim.task]))
-        cells = number, claim.paper, claim.text, claim.measured, _result(claim, found), found.n
-        lines.append((*cells, f"**{verdict(claim, found)}**"))
-    head = ("", "paper", "claim", "measured", "result [95%]", "seeds", "verdict")
+        cells = number, claim.paper, claim.text, claim.measured, _result(claim, found)
+        lines.append((*cells, claim.task, found.n, f"**{verdict(claim, found)}**"))
+    head = ("", "paper", "claim", "measured", "result [95%]", "task", "seeds", "verdict")
     return table(head, lines) + "\n"
 
 
@@ -127,7 +127,6 @@ FINAL_POINTS = "final held-out accuracy"
 
 def _gain(paper: str, arm: str, task: str = "countdown") -> Claim:
     text = f"{arm} ends more accurate than GRPO"
-    text += f" ({task})" if task != "countdown" else ""
     return Claim(paper, text, task, FINAL_POINTS, against(arm, "grpo", ACCURACY), unit="points")
 
 
@@ -239,6 +238,23 @@ CLAIMS = (
         against("sdpg", "grpo", ENTROPY),
         unit="nats a token",
     ),
+    Claim(
+        "SDPG",
+        "the gate helps: sdpg ends above itself without it",
+        "countdown",
+        FINAL_POINTS,
+        against("sdpg", "sdpg, no gate", ACCURACY),
+        unit="points",
+    ),
+    Claim(
+        "SDPG",
+        "the anchor bounds the entropy: less than without it",
+        "countdown",
+        "entropy of the last quarter's rollouts",
+        against("sdpg", "sdpg, no anchor", ENTROPY),
+        expected="below",
+        unit="nats a token",
+    ),
     _gain("CAST", "cast"),
     Claim(
         "CAST",
@@ -273,6 +289,22 @@ CLAIMS = (
         "entropy of the last quarter's rollouts",
         against("sc_grpo", "dapo", ENTROPY),
         unit="nats a token",
+    ),
+    Claim(
+        "SC-GRPO",
+        "the 75th percentile is a better scale than the median",
+        "countdown",
+        FINAL_POINTS,
+        against("sc_grpo", "sc_grpo, median", ACCURACY),
+        unit="points",
+    ),
+    Claim(
+        "SC-GRPO",
+        "credit for diversity in groups that nobody solved helps",
+        "countdown",
+        FINAL_POINTS,
+        against("sc_grpo", "sc_grpo, no diversity", ACCURACY),
+        unit="points",
     ),
     _gain("HSD", "hsd"),
     Claim(

@@ -11,10 +11,14 @@ from jaxrl_sd import config
 from jaxrl_sd.methods import METHODS
 
 EXTERNAL = ("opd", "opd_top_k", "opd_sampled")  # their teacher is another model
-CONTROLS = {  # a method without what makes it differ from GRPO
+CONTROLS = {  # a method without one of its parts
     "rlsd, lambda 0": ("rlsd", {"method.lam_0": 0.0}),
     "sdpg, beta 0": ("sdpg", {"method.beta": 0.0}),
+    "sdpg, no gate": ("sdpg", {"method.gate": False}),
+    "sdpg, no anchor": ("sdpg", {"method.alpha": 0.0}),
     "cast, no flips": ("cast", {"method.flip": False}),
+    "sc_grpo, median": ("sc_grpo", {"method.quantile": 0.5}),
+    "sc_grpo, no diversity": ("sc_grpo", {"method.alpha": 0.0}),
 }
 SHOWN = ("rlsd", "sdpg", "sc_grpo", "hsd", "opsd", "sdpo")  # methods whose teachers are shown texts
 
