@@ -32,8 +32,8 @@ def main(arguments):
     folder = Path(OUTPUT_DIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "methods.md").write_text(pages.markdown(rows, claims.CLAIMS))
-    (folder / "claims.md").write_text(text := claims.markdown(rows, claims.CLAIMS))
-    print(text, end="")
+    (folder / "claims.md").write_text(claims.page(rows, claims.CLAIMS))
+    print(claims.markdown(rows, claims.CLAIMS), end="")
 
 
 if __name__ == "__main__":

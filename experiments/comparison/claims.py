@@ -97,6 +97,33 @@ def verdict(claim: Claim, found: Mean) -> str:
     return HOLDS if holds else FAILS if fails else UNDECIDED
 
 
+INTRODUCTION = """# What the papers claim, and what was found
+
+A claim *holds* if the 95% interval of its number over the seeds lies on the claimed side of 0 (or
+within the margin), *does not hold* if it lies on the other side, and is *undecided at this scale*
+otherwise. Each interval is for itself: with so many claims, one or two verdicts can be wrong by
+chance. Differences are paired over seeds; steps, arms and learning rates are in the plans.
+
+Rows of the task countdown come from the first of these commands, those of chains and chains_answer
+from the second; the third writes this page.
+
+```bash
+python -m experiments.compare --plan=experiments/plans/countdown.py --workers=2 \\
+    --output_dir=runs/compare
+python -m experiments.compare --plan=experiments/plans/chains.py --workers=2 \\
+    --output_dir=runs/chains
+python -m experiments.claims --runs=runs/compare/runs.json,runs/chains/runs.json \\
+    --output_dir=runs/claims
+```
+
+"""
+
+
+def page(rows: Sequence[Row], claims: Sequence[Claim]) -> str:
+    """The table of claims, with what it means and how to make it."""
+    return INTRODUCTION + markdown(rows, claims)
+
+
 def markdown(rows: Sequence[Row], claims: Sequence[Claim]) -> str:
     """The table of claims, a line each."""
     final = [_with_third(row) for row in rows if row["stage"] == FINAL]
