@@ -117,15 +117,14 @@ def step_by_step(params, config, compute, prompt, length, response):
     last, prompts = decoding.prefill(params, prompt, length, config, compute)
     cache = decoding.empty_cache(len(prompt), 1, prompt.shape[1], T, config, compute)
     cache = decoding.fill(cache, jnp.arange(len(prompt)), prompts, compute)
-
-    def step(cache, t):
-        token, steps = response[:, t][:, None], jnp.full((len(prompt), 1), t)
-        hidden, cache = decoding.decode(params, token, steps, length, cache, t, config, compute)
-        return cache, hidden[:, 0]
-
-    _, hidden = jax.lax.scan(step, cache, jnp.arange(T - 1))
-    hidden = jnp.concatenate([last[:, None], hidden.swapaxes(0, 1)], axis=1)
-    return decoding.logits(params, hidden, config, compute)
+    hidden = [last[:, None]]
+    for t in range(T - 1):
+        steps = jnp.full((len(prompt), 1), t)
+        state, cache = decoding.decode(
+            params, response[:, None, t], steps, length, cache, jnp.int32(t), config, compute
+        )
+        hidden.append(state)
+    return decoding.logits(params, jnp.concatenate(hidden, axis=1), config, compute)
 
 
 @pytest.mark.parametrize("name", MODELS)
