@@ -180,6 +180,11 @@ def test_a_search_needs_problems_that_come_once(tmp_path):
         plan.check(wrong, tmp_path)
 
 
+def test_checking_a_plan_makes_no_folder_of_a_run(tmp_path):
+    plan.check(small_plan(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_without_a_plan_is_refused(tmp_path):
     (tmp_path / "plan.py").write_text("x = 1")
     with pytest.raises(InputError, match=r"--plan: .*plan.py gives no plan: KeyError"):

@@ -129,16 +129,17 @@ def check(plan: Plan, root: Path) -> None:
             )
     one_rate = {(task, arm): 1e-4 for task in plan.tasks for arm in plan.arms}
     for run in (*before(plan, root), *search(plan, root), *final(plan, root, one_rate)):
+        c = run.config
+        c.output_dir = str(root)  # the check makes it, and rates of final runs are not known yet
         try:
-            configuration.check(run.config)
+            configuration.check(c)
         except InputError as error:
             raise InputError(f"{run.task}, {run.arm}: {error}") from error
-        c = run.config
         if plan.rates and not 0 < c.steps * c.rollout.prompts <= c.data.num_train:
             raise InputError(
-                f"data.num_train: {run.task}: the search judges a rate by rollouts on problems "
-                f"that were not seen before: expected at least {c.steps * c.rollout.prompts}, "
-                f"got {c.data.num_train}"
+                f"data.num_train: {run.task}: the search judges a rate by rollouts, which should "
+                f"be on problems not seen before: expected at least "
+                f"{c.steps * c.rollout.prompts}, got {c.data.num_train}"
             )
 
 

@@ -39,8 +39,9 @@ def make(the_plan: Plan, root: Path, workers: int) -> list[dict]:
 def best_rates(made: Sequence[dict]) -> dict[tuple[str, str], float]:
     """By task and arm, the rate of the search whose last quarter of rollouts was most accurate.
 
-    Problems come once, so rollouts are on problems that no update has seen. An arm that failed with
-    all rates gets the lowest.
+    A plan has problems enough for each to come once, so rollouts are on problems that no update has
+    seen; but an arm that samples again and again for a step, as DAPO, may come to some a second
+    time, with every rate. An arm that failed with all rates gets the lowest.
     """
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for row in made:
