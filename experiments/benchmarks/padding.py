@@ -17,7 +17,16 @@ from jaxrl_sd.vocabulary import STUDENT
 
 TITLE = "Padding"
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = ("cast_4b", "hsd_8b", "opsd_1_7b", "rlsd_text", "sc_grpo_8b", "sdpg_1_7b", "sdpg_4b")
+NAMES = (
+    "cast_4b",
+    "hsd_8b",
+    "hsd_32b",
+    "opsd_1_7b",
+    "rlsd_text",
+    "sc_grpo_8b",
+    "sdpg_1_7b",
+    "sdpg_4b",
+)
 MEAN, SIGMA = 0.35, 0.6  # of log-normal lengths: mean over `max_response`, and of the logarithm
 PROMPT, HINT = (60, 400), (20, 300)  # tokens, uniform
 
