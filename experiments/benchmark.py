@@ -17,7 +17,17 @@ from absl import flags
 from experiments import program
 from jaxrl_sd.types import InputError
 
-FIGURES = ("ceilings", "head", "methods", "groups", "efficiency", "flatness", "padding", "peers")
+FIGURES = (
+    "ceilings",
+    "head",
+    "methods",
+    "groups",
+    "efficiency",
+    "flatness",
+    "padding",
+    "meshes",
+    "peers",
+)
 ONLY = flags.DEFINE_list("only", list(FIGURES), f"Figures to measure: {', '.join(FIGURES)}.")
 PEERS_PYTHON = flags.DEFINE_list("peers_python", [], "Pythons that have trl and tunix.")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", "runs/benchmark", "Where results are written.")

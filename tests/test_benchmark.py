@@ -3,8 +3,11 @@
 import json
 import math
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from experiments.benchmarks import (
     ceilings,
@@ -14,6 +17,7 @@ from experiments.benchmarks import (
     groups,
     head,
     jobs,
+    meshes,
     methods,
     padding,
     peers,
@@ -25,10 +29,11 @@ from experiments.benchmarks.records import Figure, Row
 from experiments.benchmarks.scales import TOY_SCALE
 from experiments.benchmarks.timing import Seconds, in_turns, ratio
 from experiments.benchmarks.work import Shape
+from jaxrl_sd import config as configuration
 from jaxrl_sd.methods import METHODS
 from jaxrl_sd.types import InputError
 
-# All but whole training runs, ours and the peers', which take too long here.
+# All but whole training runs, which take too long here.
 MEASURED = {
     "ceilings": ceilings.measure,
     "head": head.measure,
@@ -53,7 +58,22 @@ def test_a_figure_is_measured(name):
 
 def test_every_figure_has_a_title_and_is_measured_here():
     assert all(module.TITLE for module in figures.FIGURES.values())
-    assert figures.FIGURES.keys() <= {"methods", "peers", *MEASURED}
+    assert figures.FIGURES.keys() == {"methods", "meshes", "peers", *MEASURED} - {"updates"}
+
+
+def test_of_meshes_the_parameter_that_is_furthest_off_counts(tmp_path):
+    start = load_file(Path(configuration.TINY_MODEL) / "model.safetensors")
+    off = {meshes.ONE: 0.25, meshes.MESHES[0]: 0.25, meshes.TWO_PROCESSES: 0.5}
+    for layout, by in off.items():
+        folder = meshes.folder_of(tmp_path, "grpo", layout) / "model"
+        folder.mkdir(parents=True)
+        last = sorted(start)[-1]
+        save_file(start | {last: start[last] + np.float32(by)}, folder / "model.safetensors")
+    row = meshes.row(tmp_path, "grpo", list(off))
+    assert row.value == pytest.approx(0.25, abs=1e-6)
+    assert row.met() is False
+    assert "2 processes" in row.note and "up to 2.5e-01" in row.note
+    assert len(meshes.MESHES) == 10  # ordered products of three that make eight
 
 
 ROWS = [

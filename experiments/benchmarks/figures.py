@@ -11,6 +11,7 @@ from experiments.benchmarks import (
     flatness,
     groups,
     head,
+    meshes,
     methods,
     padding,
     peers,
@@ -29,6 +30,7 @@ FIGURES = {
     "efficiency": efficiency,
     "flatness": flatness,
     "padding": padding,
+    "meshes": meshes,
     "peers": peers,
 }
 

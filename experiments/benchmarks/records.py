@@ -113,10 +113,14 @@ def show(value: float | None, unit: str) -> str:
 
     >>> show(0.1234, "%"), show(1.4567, "x"), show(1234.5, "GB/s"), show(None, "s")
     ('12.3%', '1.46x', '1234 GB/s', 'not measured')
+    >>> show(0.25, "s"), show(1e-5, "")
+    ('0.250 s', '1.0e-05')
     """
     if value is None:
         return "not measured"
     if unit in ("%", "x"):
         return f"{value:.1%}" if unit == "%" else f"{value:.2f}x"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e} {unit}".rstrip()
     digits = max(0, 2 - len(str(int(abs(value)))) + 1) if value >= 1 else 3
     return f"{value:.{digits}f} {unit}".rstrip()
