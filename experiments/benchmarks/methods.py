@@ -34,28 +34,37 @@ def measure(scale: Scale) -> list[Row]:
 
 
 def updates(scale: Scale, setting: str, grpo: Method, methods: Mapping[str, Method]) -> list[Row]:
-    """The teachers' forward passes are part of these updates."""
+    """The update, which has the distilling teachers' forward passes; and score and update together.
+
+    These two hold every pass of a step: a penalty's reference is read in the score where it needs
+    no more than log-probabilities, in the update where it is over the vocabulary.
+    """
     jobs = {
         name: Job(method, scale.model, scale.methods, scale.compute)
         for name, method in {"GRPO": grpo, **methods}.items()
     }
-    seconds = in_turns({name: job.update for name, job in jobs.items()}, scale.repetitions)
+    phases = {
+        (name, phase): getattr(job, phase)
+        for phase in ("score", "update")
+        for name, job in jobs.items()
+    }
+    seconds = in_turns(phases, scale.repetitions)
     base = jobs["GRPO"].tokens[""]
 
     def note(job: Job) -> str:
         read = [f"{n / base:.2f}" for name, n in job.tokens.items() if name]
         return f"teachers read {' and '.join(read)} times the student's tokens"
 
-    return [
-        ratio(
-            f"update of {name}, {setting}",
-            seconds[name],
-            seconds["GRPO"],
-            target=("<=", 1.5),
-            note=note(jobs[name]),
-        )
-        for name in methods
-    ]
+    update = {name: seconds[name, "update"] for name in jobs}
+    both = {name: seconds[name, "score"].plus(update[name]) for name in jobs}
+    rows = []
+    for name in methods:
+        what, read = f"of {name}, {setting}", note(jobs[name])
+        rows += [
+            ratio(f"update {what}", update[name], update["GRPO"], target=("<=", 1.5), note=read),
+            ratio(f"score and update {what}", both[name], both["GRPO"]),
+        ]
+    return rows
 
 
 def whole_steps(scale: Scale, methods: Mapping[str, str]) -> list[Row]:

@@ -1,7 +1,7 @@
 """Times of functions that are compared, measured in turns: a busy machine is fair to all."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +18,14 @@ class Seconds(NamedTuple):
     def best(self) -> float:
         return min(self.values)
 
+    def plus(self, other: "Seconds") -> "Seconds":
+        """Of both functions, repetition by repetition."""
+        return Seconds(tuple(a + b for a, b in zip(self.values, other.values, strict=True)))
+
 
 def in_turns(
-    functions: Mapping[str, Callable[[], Any]], repetitions: int, warmup: int = 1
-) -> dict[str, Seconds]:
+    functions: Mapping[Hashable, Callable[[], Any]], repetitions: int, warmup: int = 1
+) -> dict[Hashable, Seconds]:
     """Calls every function once a repetition; waits for the arrays that it returns.
 
     Args:
