@@ -31,7 +31,12 @@ OUTPUT = flags.DEFINE_string("output", None, "Folder.")
 
 def main(arguments):
     config = command_line.read_config(arguments)
+    import jax
+
     from jaxrl_sd import tpu
+
+    # A machine without a TPU cannot read back what it has compiled for one.
+    jax.config.update("jax_enable_compilation_cache", False)
 
     for name in TOPOLOGY.value:
         topology = tpu.slice_of(name, math.prod(config.mesh.values()))

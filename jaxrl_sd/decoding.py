@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from jaxrl_sd import model, vocabulary
 from jaxrl_sd.attention import attention
-from jaxrl_sd.model import Compute, ModelConfig, block, cast, rms_norm
-from jaxrl_sd.sharding import constrain
+from jaxrl_sd.model import Compute, ModelConfig, block, cast, embed, rms_norm
+from jaxrl_sd.sharding import constrain, gather
 from jaxrl_sd.types import Array, Params
 from jaxrl_sd.vocabulary import MASKED
 
@@ -74,8 +74,9 @@ def prefill(
         values = attention(q, k, v, segment, none, mesh=compute.mesh)
         return values, (k.transpose(0, 2, 3, 1), v.swapaxes(1, 2))
 
-    x, kept = place(params["embed"][prompt]), []
+    x, kept = place(embed(params, prompt, compute)), []
     for layer in params["layers"]:
+        layer = gather(layer, compute.mesh)
         x, keys_values = block(x, layer, jnp.maximum(position, 0), attend, config)
         x = place(x)
         kept.append(keys_values)

@@ -231,6 +231,17 @@ def block(x: Array, layer: Params, positions: Array, attend, config: ModelConfig
     return x, kept
 
 
+def embed(params: Params, token: Array, compute: Compute) -> Array:
+    """Embeddings [R, N, D] of i32[R, N], split along D as the table is.
+
+    Every device looks tokens up in its columns, and adds their gradients up there. From here XLA
+    finds the way to split rows; from the table, on some meshes, only by way of all rows everywhere.
+    """
+    # Rounded after the lookup, so that the gradients of a token's places add up in float32.
+    x = params["embed"][token].astype(compute.dtype)
+    return sharding.constrain(x, ("replicas", "tokens", "hidden"), compute.mesh)
+
+
 def hidden(params: Params, stream: Stream, config: ModelConfig, compute: Compute) -> Array:
     """Hidden states of all tokens of a stream, [R, N, D] in `compute.dtype`, after the final norm.
 
@@ -245,6 +256,7 @@ def hidden(params: Params, stream: Stream, config: ModelConfig, compute: Compute
         return attention.attention(q, k, v, *segments, mesh=compute.mesh), None
 
     def step(x, layer):
+        layer = sharding.gather(layer, compute.mesh)
         x, _ = block(x, layer, stream.position, attend, config)
         return place(x), None
 
@@ -252,9 +264,7 @@ def hidden(params: Params, stream: Stream, config: ModelConfig, compute: Compute
         # Inside a scan, XLA cannot merge the two computations anyway.
         step = jax.checkpoint(step, policy=REMAT[compute.remat], prevent_cse=False)
     layers = cast(params["layers"], compute.dtype)
-    # Rounded after the lookup, so that the gradients of a token's places add up in float32.
-    x = place(params["embed"][stream.token].astype(compute.dtype))
-    x, _ = jax.lax.scan(step, x, layers)
+    x, _ = jax.lax.scan(step, place(embed(params, stream.token, compute)), layers)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps)
 
 

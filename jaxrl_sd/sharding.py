@@ -141,6 +141,21 @@ def constrain(x: Array, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
+def gather(layer: Any, mesh: Mesh | None) -> Any:
+    """The weights of one layer, each whole along its hidden side, for products with many tokens.
+
+    They are gathered once. Left alone, XLA for TPUs multiplies with one device's piece after the
+    other's, and reads and writes the products of all tokens each time. Where 32 devices have a
+    piece each, that takes four times as long as the products themselves.
+    """
+
+    def of(path, x):
+        _, *axes = PARAM_AXES.get(path[-1].key, ("", *[""] * x.ndim))
+        return constrain(x, tuple("" if axis == "hidden" else axis for axis in axes), mesh)
+
+    return jax.tree.map_with_path(of, layer)
+
+
 def _splits(mesh: Mesh, axes: tuple[str, ...], size: int) -> bool:
     devices = math.prod(mesh.shape[axis] for axis in axes)
     return devices > 1 and size % devices == 0

@@ -7,9 +7,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxrl_sd import abstract, hlo, model, tpu
+from jaxrl_sd import abstract, hlo, model, sharding, tpu
 from jaxrl_sd import config as configuration
 from jaxrl_sd.types import InputError
 
@@ -358,6 +358,20 @@ def test_the_functions_of_a_training_step_compile_for_a_tpu(small):
     r = tpu.report("score", call.lower(), "v5e:2x2", tpu.bytes_of(call.beside))
     assert r.fits and min(r.arguments, r.temporaries, r.resident, r.flops, r.roofline_s) > 0
     assert r.total < 1e9 and sum(r.sent.values()) > 0
+
+
+def test_a_gathered_weight_is_multiplied_at_once():
+    """Not piece by piece, with the products of all tokens read and written for each."""
+    pytest.importorskip("libtpu")
+    mesh = tpu.make_mesh("v5e:2x2", data=1, fsdp=4, tensor=1)
+
+    def gate(x, w):
+        return model.linear(x, sharding.gather({"gate": w}, mesh), "gate", None)
+
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    w = jax.ShapeDtypeStruct((2048, 8192), jnp.bfloat16, sharding=split)
+    x = jax.ShapeDtypeStruct((4, 4096, 2048), jnp.bfloat16, sharding=sharding.of_rows(mesh))
+    assert cost_of(gate, x, w).collectives == {"all-gather": 1}
 
 
 def test_a_topology_of_another_size_is_refused(small):

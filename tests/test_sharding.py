@@ -72,6 +72,29 @@ def test_moments_and_teachers_are_split_like_the_parameters(mesh):
     assert specs.step == PartitionSpec()
 
 
+def test_a_layer_is_gathered_along_its_hidden_side_alone(mesh):
+    shapes = model.param_shapes(CONFIG)["layers"]
+    layer = {name: jnp.zeros(shape[1:]) for name, shape in shapes.items()}
+    out = jax.jit(lambda layer: sharding.gather(layer, mesh))(layer)
+    specs = {name: tuple(x.sharding.spec) for name, x in out.items()}
+    assert (specs["q"], specs["down"]) == ((None, "tensor"), ("tensor",))
+
+
+def test_xla_finds_the_way_from_the_table_to_the_rows(mesh, capfd):
+    compute = model.Compute(mesh=mesh)
+    split = sharding.of_state({"embed": np.zeros((20, 16))}, mesh)["embed"]
+
+    def loss(table, token):
+        x = model.embed({"embed": table}, token, compute)
+        axes = ("rows", "tokens", "features")
+        return (sharding.constrain(x, axes, mesh) ** 2).sum()
+
+    table = jax.ShapeDtypeStruct((20, 16), jnp.float32, sharding=split)
+    token = jax.ShapeDtypeStruct((8, 6), jnp.int32, sharding=sharding.of_rows(mesh))
+    jax.jit(jax.grad(loss), out_shardings=split).lower(table, token).compile()
+    assert "full rematerialization" not in capfd.readouterr().err
+
+
 def test_an_axis_that_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(data=1, fsdp=3, tensor=2)
     embed = sharding.of_state({"embed": np.zeros((20, 16))}, mesh)["embed"]
