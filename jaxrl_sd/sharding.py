@@ -134,7 +134,7 @@ def row_devices(mesh: Mesh) -> int:
 
 def constrain(x: Array, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
     """Tells XLA where an array is to live; axes that the mesh does not divide are left whole."""
-    if mesh is None:
+    if mesh is None or mesh.size == 1:  # where being told costs XLA some fusions
         return x
     names = zip(mesh_axes(axes), x.shape, strict=True)
     spec = PartitionSpec(*(entry if _splits(mesh, entry, size) else () for entry, size in names))
