@@ -64,15 +64,22 @@ def test_every_figure_has_a_title_and_is_measured_here():
 def test_of_meshes_the_parameter_that_is_furthest_off_counts(tmp_path):
     start = load_file(Path(configuration.TINY_MODEL) / "model.safetensors")
     off = {meshes.ONE: 0.25, meshes.MESHES[0]: 0.25, meshes.TWO_PROCESSES: 0.5}
-    for layout, by in off.items():
+
+    def write(layout, by):
         folder = meshes.folder_of(tmp_path, "grpo", layout) / "model"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         last = sorted(start)[-1]
         save_file(start | {last: start[last] + np.float32(by)}, folder / "model.safetensors")
+
+    for layout, by in off.items():
+        write(layout, by)
     row = meshes.row(tmp_path, "grpo", list(off))
     assert row.value == pytest.approx(0.25, abs=1e-6)
     assert row.met() is False
     assert "2 processes" in row.note and "up to 2.5e-01" in row.note
+    write(meshes.TWO_PROCESSES, math.nan)
+    row = meshes.row(tmp_path, "grpo", list(off))
+    assert math.isnan(row.value) and row.met() is False
     assert len(meshes.MESHES) == 10  # ordered products of three that make eight
 
 

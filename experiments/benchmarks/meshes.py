@@ -108,7 +108,7 @@ def row(root: Path, method: str, layouts: Sequence[Layout]) -> Row:
     alone = weights(folder_of(root, method, ONE) / "model")
     others = {of: weights(folder_of(root, method, of) / "model") for of in layouts if of != ONE}
     apart = {of: largest_difference(alone, other) for of, other in others.items()}
-    worst = max(apart, key=apart.get)
+    worst = max(apart, key=lambda of: (math.isnan(apart[of]), apart[of]))
     note = f"{worst}; training moves a parameter by up to {largest_difference(start, alone):.1e}"
     return Row(method, apart[worst], "", ("<=", LARGEST), note=note)
 
