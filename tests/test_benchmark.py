@@ -5,6 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -30,7 +31,9 @@ from experiments.benchmarks.scales import TOY_SCALE
 from experiments.benchmarks.timing import Seconds, in_turns, ratio
 from experiments.benchmarks.work import Shape
 from jaxrl_sd import config as configuration
+from jaxrl_sd import hlo
 from jaxrl_sd.methods import METHODS
+from jaxrl_sd.model import PLAIN
 from jaxrl_sd.types import InputError
 
 # All but whole training runs, which take too long here.
@@ -155,6 +158,12 @@ def test_sizes_are_the_published_ones():
 
     assert millions(SMALL) == pytest.approx(48, abs=1)
     assert millions(QWEN3_1_7B) == pytest.approx(1720, abs=5)
+
+
+def test_products_are_with_every_weight_for_every_token():
+    compiled = jax.jit(jobs.products(TINY, rows=8, tokens=3, compute=PLAIN)).lower().compile()
+    weights = work.layer_params(TINY) + work.head_params(TINY)
+    assert hlo.cost(compiled.as_text()).flops == 3 * 8 * 2 * weights
 
 
 def test_decoding_reads_weights_once_and_a_prompt_once_a_group():

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from experiments.benchmarks import ceilings, work
-from experiments.benchmarks.jobs import GRPO, Job, sampling
+from experiments.benchmarks.jobs import GRPO, Job, products, sampling
 from experiments.benchmarks.records import Row
 from experiments.benchmarks.scales import Scale
 from experiments.benchmarks.timing import in_turns, ratio
@@ -48,6 +48,7 @@ def of_decoding(scale: Scale, shape: work.Shape) -> list[Row]:
     functions = {
         "all": sampling(scale.model, shape, scale.compute),
         "first": sampling(scale.model, shape._replace(response=1), scale.compute),
+        "products": products(scale.model, shape.rows, shape.response - 1, scale.compute),
     }
     seconds = in_turns(functions, scale.repetitions)
     pairs = zip(seconds["all"].values, seconds["first"].values, strict=True)
@@ -68,6 +69,11 @@ def of_decoding(scale: Scale, shape: work.Shape) -> list[Row]:
         Row(
             f"decoding {shape.rows} rows: bytes needed over time, of the bandwidth",
             read / best / found.bandwidth,
+            "%",
+        ),
+        Row(
+            f"decoding {shape.rows} rows: time of its products with weights alone, over it",
+            seconds["products"].best / best,
             "%",
         ),
     ]

@@ -2,6 +2,7 @@
 knows how the package is called."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from experiments.benchmarks.work import Shape
 from jaxrl_sd import packing, sampler, sharding, update
 from jaxrl_sd.methods import METHODS
 from jaxrl_sd.methods.base import Method, Teacher
-from jaxrl_sd.model import Compute, ModelConfig
+from jaxrl_sd.model import Compute, ModelConfig, linear
 from jaxrl_sd.sampler import SamplingConfig
 from jaxrl_sd.start import possible_hints
 from jaxrl_sd.types import Batch, Hints, Problem, Rollouts
@@ -155,3 +156,28 @@ def sampling(config: ModelConfig, shape: Shape, compute: Compute, shared: bool =
         )
 
     return draw
+
+
+def products(config: ModelConfig, rows: int, tokens: int, compute: Compute):
+    """A function that multiplies `rows` rows with all weights, as decoding so many tokens has to.
+
+    Weights are as the sampler has them. Beside products there is only what keeps XLA from leaving
+    any out.
+    """
+    params = sampler.unstack(random_params(config), config=config, compute=compute)
+    start = jax.random.normal(jax.random.key(0), (rows, config.hidden_size), compute.dtype)
+
+    @jax.jit
+    def multiply(params, x):
+        def token(_, x):
+            for layer in params["layers"]:
+                project = partial(linear, layer=layer, config=config)
+                q, k, v = (project(x, name=name) for name in "qkv")
+                x = project(q + jnp.repeat(k + v, q.shape[1] // k.shape[1], axis=1), name="o")
+                x = project(project(x, name="gate") + project(x, name="up"), name="down")
+            logits = jax.lax.optimization_barrier(x @ params["head"])
+            return jnp.tanh(x + logits[:, : config.hidden_size])
+
+        return jax.lax.fori_loop(0, tokens, token, x)
+
+    return lambda: multiply(params, start)

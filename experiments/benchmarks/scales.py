@@ -51,7 +51,7 @@ CPU = Scale(
     groups=Shape(4, 8, 512, 64),
     flat=Shape(2, 8, 64, 128),
     longer=8,
-    steps=10,
+    steps=30,
     repetitions=5,
 )
 ACCELERATOR = Scale(
