@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxrl_sd import model, vocabulary
 from jaxrl_sd.attention import attention
 from jaxrl_sd.model import Compute, ModelConfig, block, cast, embed, rms_norm
-from jaxrl_sd.sharding import constrain, gather
+from jaxrl_sd.sharding import constrain, gather, is_split
 from jaxrl_sd.types import Array, Params
 from jaxrl_sd.vocabulary import MASKED
 
@@ -36,6 +36,11 @@ class LayerCache(NamedTuple):
 
 Cache = list[LayerCache]
 K_AXIS, V_AXIS = 4, 3  # the response's columns
+BY_UNITS = {
+    "gate": ("features", "units"),
+    "up": ("features", "units"),
+    "down": ("units", "features"),
+}
 
 
 def columns_of(cache: Cache) -> int:
@@ -48,11 +53,14 @@ def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
 
     A product with few rows is faster with such a head, and a tied one is another array.
     """
-    params = cast(params, compute.dtype)
+    params, mesh = cast(params, compute.dtype), compute.mesh
     layers = [jax.tree.map(itemgetter(i), params["layers"]) for i in range(config.num_layers)]
-    # A sum over parts of the hidden side would exchange whole logits for every token.
-    embed = constrain(params["embed"], ("ids", "features"), compute.mesh)
-    head = constrain(model.head(params, config).T, ("features", "ids"), compute.mesh)
+    # Sums over parts of the hidden side would exchange, for every token, all that is wider than it.
+    if is_split("units", config.intermediate_size, mesh):
+        for layer in layers:
+            layer.update((name, constrain(layer[name], BY_UNITS[name], mesh)) for name in BY_UNITS)
+    embed = constrain(params["embed"], ("ids", "features"), mesh)
+    head = constrain(model.head(params, config).T, ("features", "ids"), mesh)
     return {**params, "embed": embed, "head": head, "layers": layers}
 
 

@@ -23,6 +23,7 @@ RULES = {
     "rows": ("data", "fsdp"),
     "replicas": ("data",),  # rows of an array that is split over fsdp along another axis
     "ids": ("tensor", "fsdp"),  # a vocabulary whose hidden side is whole
+    "units": ("tensor", "fsdp"),  # a feed-forward side whose hidden side is whole
     "hidden": ("fsdp",),
     "heads": ("tensor",),
     "feed_forward": ("tensor",),
@@ -154,6 +155,11 @@ def gather(layer: Any, mesh: Mesh | None) -> Any:
         return constrain(x, tuple("" if axis == "hidden" else axis for axis in axes), mesh)
 
     return jax.tree.map_with_path(of, layer)
+
+
+def is_split(axis: str, size: int, mesh: Mesh | None) -> bool:
+    """Whether a logical axis of that size is split, which needs devices that divide it."""
+    return mesh is not None and _splits(mesh, RULES.get(axis, ()), size)
 
 
 def _splits(mesh: Mesh, axes: tuple[str, ...], size: int) -> bool:

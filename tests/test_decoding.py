@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_sd import decoding, model, sharding
+from jaxrl_sd import decoding, hlo, model, sharding
 from jaxrl_sd.model import Compute, ModelConfig
 
 CONFIG = ModelConfig(32, 29, 16, 24, 2, 4, 2, 8, 1e4, 1e-6, True)
@@ -118,16 +118,21 @@ def test_weights_cache_and_states_have_the_type_to_compute_in(params, rows, want
     np.testing.assert_allclose(first.astype(jnp.float32), want[:, 0, 0], rtol=0, atol=0.1)
 
 
-def test_a_token_moves_no_weights_between_devices():
-    """The largest thing that a step gathers is smaller than the smallest matrix of a layer."""
-    config = ModelConfig(256, 256, 64, 512, 1, 8, 4, 64, 1e4, 1e-6, True)
+def test_a_token_moves_neither_weights_nor_feed_forward_units_between_devices():
+    """The largest thing that a step gathers is smaller than the smallest matrix of a layer.
+
+    And all that is sent is less than a device's sums of one feed-forward product.
+    """
+    config = ModelConfig(256, 256, 64, 8192, 1, 8, 4, 64, 1e4, 1e-6, True)
     compute = Compute(mesh=sharding.make_mesh(data=1, fsdp=4, tensor=2))
     params = jax.eval_shape(partial(model.init_params, config=config), jax.random.key(0))
     placed = sharding.of_state(params, compute.mesh)
 
+    unstack = jax.jit(
+        partial(decoding.unstack, config=config, compute=compute), in_shardings=(placed,)
+    ).lower(params)
+
     def step(params):
-        params = decoding.unstack(params, config, compute)
-        params = jax.lax.optimization_barrier(params)
         cache = decoding.empty_cache(4, 1, 4, 4, config, compute)
         zeros = jnp.zeros((4, 1), jnp.int32)
         hidden, cache = decoding.decode(
@@ -135,7 +140,9 @@ def test_a_token_moves_no_weights_between_devices():
         )
         return decoding.logits(params, hidden, config, compute)
 
-    text = jax.jit(step, in_shardings=(placed,)).lower(params).compile().as_text()
+    placed = unstack.compile().output_shardings
+    text = jax.jit(step, in_shardings=(placed,)).lower(unstack.out_info).compile().as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in gathered]
     assert sizes and max(sizes) < 64 * 4 * 64 / 4
+    assert sum(hlo.cost(text).sent.values()) < 4 * 8192 / 2 * 4

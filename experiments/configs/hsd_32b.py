@@ -23,6 +23,6 @@ def get_config():
     c = hsd_8b.get_config()
     c.output_dir = "runs/hsd_32b"
     c.model.path = "Qwen/Qwen3-32B"
-    papers.spread(c, devices=32, slots=64)
+    papers.spread(c, devices=32, slots=32)
     c.compute.tokens = 12_800  # two and a half of the longest rows: less padding than with three
     return c
