@@ -6,11 +6,10 @@ continue them. [N, N + C] never exists: softmax is summed up block by block, and
 computes the blocks again (FlashAttention-2, 2307.08691).
 
 R streams, N tokens, C prefix keys, Q query heads, K key-value heads, G = Q / K, H head size,
-B tokens of a block, I query blocks, J key blocks, A query blocks that are computed at a time.
+B tokens of a block, I query blocks, J key blocks.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from jaxrl_sd.types import Array
 
 CPU_BLOCK = 64
 BLOCK = 128  # on accelerators; with larger ones float32 compiles for minutes on TPUs
-ABREAST = 16  # query blocks at a time on a GPU, which is not filled by one, and waits between them
 KERNEL_BLOCK = 512
 MASKED = -1e30  # finite, so that MASKED - MASKED is 0 and not NaN
 NO_SEGMENT = jnp.iinfo(jnp.int32).max
@@ -47,8 +45,7 @@ def attention(
         each device computes its own. None for a single device.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    block, abreast = CPU_BLOCK if platform == "cpu" else BLOCK, ABREAST if platform == "gpu" else 1
-    of_stream = partial(_in_blocks, block=block, abreast=abreast)
+    of_stream = partial(_in_blocks, block=CPU_BLOCK if platform == "cpu" else BLOCK)
     # The kernel would round float32 factors to bfloat16.
     if platform == "tpu" and q.dtype == jnp.bfloat16:
         of_stream = partial(_in_kernel, block=KERNEL_BLOCK)
@@ -67,16 +64,14 @@ def attention(
     return local(q, k, v, segment, prefix_segment)
 
 
-def _in_blocks(q, k, v, segment, prefix_segment, block, abreast):
-    """`attention` of one stream, q [N, Q, H], in plain XLA, `abreast` query blocks at a time."""
+def _in_blocks(q, k, v, segment, prefix_segment, block):
+    """`attention` of one stream, q [N, Q, H], in plain XLA."""
     (N, Q, H), K = q.shape, k.shape[1]
-    turns = -(-N // (block * abreast))
-    size = block * -(-N // (block * turns))  # of a turn, in tokens
-    segment, prefix_segment = _pad_segments(segment, prefix_segment, size)
-    q = _pad(q, size).reshape(turns, -1, block, K, Q // K, H).transpose(0, 1, 3, 4, 2, 5)
-    k, v = (_pad_keys(x, N, size).reshape(-1, block, K, H).swapaxes(1, 2) for x in (k, v))
-    out = _flash(q.reshape(turns, -1, K, Q // K * block, H), k, v, segment, prefix_segment)
-    out = out.reshape(turns, -1, K, Q // K, block, H).transpose(0, 1, 4, 2, 3, 5)
+    segment, prefix_segment = _pad_segments(segment, prefix_segment, block)
+    q = _pad(q, block).reshape(-1, block, K, Q // K, H).transpose(0, 2, 3, 1, 4)
+    k, v = (_pad_keys(x, N, block).reshape(-1, block, K, H).swapaxes(1, 2) for x in (k, v))
+    out = _flash(q.reshape(len(q), K, -1, H), k, v, segment, prefix_segment)
+    out = out.reshape(-1, K, Q // K, block, H).transpose(0, 3, 1, 2, 4)
     return out.reshape(-1, Q, H)[:N]
 
 
@@ -166,32 +161,33 @@ def _in_order(query: Array, key: Array, N: int) -> Array:
 
 @jax.custom_vjp
 def _flash(q: Array, k: Array, v: Array, segment: Array, prefix_segment: Array) -> Array:
-    """Attention of q [I / A, A, K, G * B, H] over k and v [J, K, B, H], like q."""
+    """Attention of q [I, K, G * B, H] over k and v [J, K, B, H], like q."""
     return _forward(q, k, v, segment, prefix_segment)[0]
 
 
 def _forward(q, k, v, segment, prefix_segment):
-    """The values, and the logarithm of each query's sum of exp(score), f32[I / A, A, K, G * B]."""
+    """The values, and the logarithm of each query's sum of exp(score), f32[I, K, G * B]."""
     dot = _dot_of(q.dtype)
 
     def of_queries(inputs):
-        q, blocks = inputs
-        scores = _scores_of(q, k, blocks, segment, prefix_segment)
+        i, q, blocks = inputs
+        scores = _scores_of(i, q, k, segment, prefix_segment)
 
         def add(t, sums):
             top, total, out = sums
-            j = _nth_block(t, blocks)
-            s = scores(t, j)
+            j = _nth_block(t, i, blocks, len(segment) // k.shape[2])
+            s = scores(j)
             new_top = jnp.maximum(top, s.max(-1))
             p, shrink = jnp.exp(s - new_top[..., None]), jnp.exp(top - new_top)
-            out = shrink[..., None] * out + dot("akqj,akjh->akqh", p.astype(v.dtype), v[j])
+            out = shrink[..., None] * out + dot("kqj,kjh->kqh", p.astype(v.dtype), v[j])
             return new_top, shrink * total + p.sum(-1), out
 
-        nothing = jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
-        top, total, out = jax.lax.fori_loop(0, blocks.count.max(), add, nothing)
+        nothing = jnp.full(q.shape[:2], MASKED), jnp.zeros(q.shape[:2]), jnp.zeros(q.shape)
+        top, total, out = jax.lax.fori_loop(0, _num_blocks(i, blocks), add, nothing)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    return jax.lax.map(of_queries, (q, _blocks_of(q, k, segment, prefix_segment)))
+    blocks = _key_blocks(segment, prefix_segment, k.shape[2])
+    return jax.lax.map(of_queries, (jnp.arange(len(q)), q, blocks))
 
 
 def _keep(q, k, v, segment, prefix_segment):
@@ -207,24 +203,25 @@ def _backward(kept, d_out):
     mean = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)
 
     def of_queries(d_keys, inputs):
-        q, d_out, log_sum, mean, blocks = inputs
-        scores = _scores_of(q, k, blocks, segment, prefix_segment)
+        i, q, d_out, log_sum, mean, blocks = inputs
+        scores = _scores_of(i, q, k, segment, prefix_segment)
 
         def add(t, sums):
             dq, dk, dv = sums
-            j = _nth_block(t, blocks)
-            p = jnp.exp(scores(t, j) - log_sum[..., None])
-            dp = dot("akqh,akjh->akqj", d_out, v[j])
+            j = _nth_block(t, i, blocks, len(segment) // k.shape[2])
+            p = jnp.exp(scores(j) - log_sum[..., None])
+            dp = dot("kqh,kjh->kqj", d_out, v[j])
             ds = (scale * p * (dp - mean[..., None])).astype(q.dtype)
-            dk = dk.at[j].add(dot("akqj,akqh->akjh", ds, q))
-            dv = dv.at[j].add(dot("akqj,akqh->akjh", p.astype(q.dtype), d_out))
-            return dq + dot("akqj,akjh->akqh", ds, k[j]), dk, dv
+            dk = dk.at[j].add(dot("kqj,kqh->kjh", ds, q))
+            dv = dv.at[j].add(dot("kqj,kqh->kjh", p.astype(q.dtype), d_out))
+            return dq + dot("kqj,kjh->kqh", ds, k[j]), dk, dv
 
         sums = jnp.zeros(q.shape), *d_keys
-        dq, *d_keys = jax.lax.fori_loop(0, blocks.count.max(), add, sums)
+        dq, *d_keys = jax.lax.fori_loop(0, _num_blocks(i, blocks), add, sums)
         return tuple(d_keys), dq.astype(q.dtype)
 
-    inputs = q, d_out, log_sum, mean, _blocks_of(q, k, segment, prefix_segment)
+    blocks = _key_blocks(segment, prefix_segment, k.shape[2])
+    inputs = jnp.arange(len(q)), q, d_out, log_sum, mean, blocks
     (dk, dv), dq = jax.lax.scan(of_queries, (jnp.zeros(k.shape), jnp.zeros(v.shape)), inputs)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
@@ -232,56 +229,33 @@ def _backward(kept, d_out):
 _flash.defvjp(_keep, _backward)
 
 
-class _Blocks(NamedTuple):
-    """Some query blocks, i32[A], and the key blocks that each of them sees.
-
-    These are `own` of the stream's own, from `start` up to the query block itself, and then those
-    of the prefix, from `behind` on.
-    """
-
-    number: Array
-    start: Array
-    own: Array
-    behind: Array
-    count: Array  # of all that it sees
+def _num_blocks(i, blocks):
+    """How many key blocks query block i sees, of its entry in `_key_blocks`."""
+    start, first, stop = blocks
+    return i + 1 - start + stop - first
 
 
-def _blocks_of(q: Array, k: Array, segment: Array, prefix_segment: Array) -> _Blocks:
-    """For all query blocks of q, i32[I / A, A] each."""
-    block = k.shape[2]
-    start, first, stop = _key_blocks(segment, prefix_segment, block)
-    number = jnp.arange(len(start))
-    own = number + 1 - start
-    blocks = _Blocks(number, start, own, len(start) + first, own + stop - first)
-    return jax.tree.map(lambda x: x.reshape(q.shape[:2]), blocks)
+def _nth_block(t, i, blocks, own):
+    """The t-th key block that query block i sees; `own` blocks come before the prefix."""
+    start, first, _ = blocks
+    behind = t - (i + 1 - start)
+    return jnp.where(behind < 0, start + t, own + first + behind)
 
 
-def _nth_block(t: Array, blocks: _Blocks) -> Array:
-    """The t-th key block that each query block sees, or else its last."""
-    t = jnp.minimum(t, blocks.count - 1)
-    return jnp.where(t < blocks.own, blocks.start + t, blocks.behind + t - blocks.own)
-
-
-def _scores_of(q: Array, k: Array, blocks: _Blocks, segment: Array, prefix_segment: Array):
-    """A function of t and j [A]: scores f32[A, K, G * B, B] of q [A, K, G * B, H] for blocks j.
-
-    They are masked where a query block sees no more than t key blocks.
-    """
+def _scores_of(i, q, k, segment, prefix_segment):
+    """A function of j: scores f32[K, G * B, B] of query block i, q [K, G * B, H], for block j."""
     dot, scale, block = _dot_of(q.dtype), q.shape[-1] ** -0.5, k.shape[2]
-    segments = jnp.concatenate([segment, prefix_segment]).reshape(-1, block)
+    segments, index = jnp.concatenate([segment, prefix_segment]), jnp.arange(block)
 
-    def at(blocks, axis):
-        """Places and segments of the tokens in some blocks."""
-        places = blocks[:, None] * block + jnp.arange(block)[None]
-        return jnp.expand_dims(places, axis), jnp.expand_dims(segments[blocks], axis)
+    def segment_of(j):
+        return jax.lax.dynamic_slice_in_dim(segments, j * block, block)
 
-    def scores(t, j):
-        query, of_query = at(blocks.number, 2)
-        key, of_key = at(j, 1)
-        seen = (of_query == of_key) & _in_order(query, key, len(segment))
-        seen &= (t < blocks.count)[:, None, None]
-        seen = jnp.tile(seen, (1, q.shape[2] // block, 1))[:, None]
-        return jnp.where(seen, scale * dot("akqh,akjh->akqj", q, k[j]), MASKED)
+    def scores(j):
+        query, key = i * block + index[:, None], j * block + index[None]
+        seen = segment_of(i)[:, None] == segment_of(j)[None]
+        seen &= _in_order(query, key, len(segment))
+        seen = jnp.tile(seen, (q.shape[1] // block, 1))[None]
+        return jnp.where(seen, scale * dot("kqh,kjh->kqj", q, k[j]), MASKED)
 
     return scores
 

@@ -44,15 +44,7 @@ def values_and_gradients(function, q, k, v, segment, prefix_segment, d_out):
     return out, *pullback(d_out)
 
 
-def three_abreast(*streams):
-    """As a GPU does it: several query blocks at a time."""
-    of_stream = partial(lib._in_blocks, block=BLOCK, abreast=3)
-    return jax.lax.map(lambda stream: of_stream(*stream), streams)
-
-
 blockwise = jax.jit(partial(values_and_gradients, attention))
-abreast = jax.jit(partial(values_and_gradients, three_abreast))
-both = pytest.mark.parametrize("blockwise", [blockwise, abreast], ids=["one", "three"])
 
 
 def draw(seed, R=2, N=200, C=100, Q=4, K=2, H=8, dtype=np.float32):
@@ -79,14 +71,12 @@ def worst(actual, expected):
     )
 
 
-@both
 @pytest.mark.parametrize("seed", range(6))
-def test_values_and_gradients_of_random_segments(seed, blockwise):
+def test_values_and_gradients_of_random_segments(seed):
     case = draw(seed)
     assert worst(blockwise(*case), dense(*case)) < 2e-6
 
 
-@both
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -97,20 +87,18 @@ def test_values_and_gradients_of_random_segments(seed, blockwise):
     ],
     ids=str,
 )
-def test_values_and_gradients_of_any_sizes(sizes, blockwise):
+def test_values_and_gradients_of_any_sizes(sizes):
     case = draw(7, **sizes)
     assert worst(blockwise(*case), dense(*case)) < 2e-6
 
 
-@both
-def test_one_segment_longer_than_many_blocks(blockwise):
+def test_one_segment_longer_than_many_blocks():
     q, k, v, segment, prefix_segment, d_out = draw(8)
     case = q, k, v, np.full_like(segment, 3), np.full_like(prefix_segment, 3), d_out
     assert worst(blockwise(*case), dense(*case)) < 2e-6
 
 
-@both
-def test_large_scores_do_not_overflow(blockwise):
+def test_large_scores_do_not_overflow():
     q, *rest = draw(9)
     case = 1000 * q, *rest
     assert all(np.isfinite(x).all() for x in blockwise(*case))
@@ -163,8 +151,7 @@ def test_values_and_gradients_of_whole_blocks():
     assert worst(blockwise(*whole_blocks()), dense(*whole_blocks())) < 2e-6
 
 
-@both
-def test_no_other_block_is_touched(blockwise):
+def test_no_other_block_is_touched():
     """NaN in one block of keys and values reaches the queries that the block matters to only."""
     q, k, v, segment, prefix_segment, d_out = whole_blocks()
     seen = true_blocks(segment, prefix_segment)
@@ -229,12 +216,3 @@ def test_tpus_use_the_kernel_for_bfloat16(dtype, monkeypatch):
     traced = jax.jit(partial(values_and_gradients, attention)).trace(*case)
     kernels = traced.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
     assert bool(kernels) == (dtype == "bfloat16")
-
-
-def test_gpus_compute_query_blocks_abreast(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    case = draw(17, R=1, N=3 * lib.BLOCK)
-    queries = "f32[1,3,2,256,8]"  # one turn of three blocks
-    assert queries in str(jax.make_jaxpr(attention)(*case[:5]))
-    actual = jax.jit(lambda *streams: values_and_gradients(attention, *streams))(*case)
-    assert worst(actual, dense(*case)) < 2e-6
