@@ -255,17 +255,23 @@ def sampler_calls(
     @cache
     def slots(columns: int) -> Any:
         first = Call(sampler.start, (), sizes | static).result
-        return grow(first, columns).result if columns > sampler.first_columns(T) else first
+        if columns <= sampler.first_columns(T):
+            return first
+        k, v, column = widen(first, columns).result
+        cache = [layer._replace(response_k=k, response_v=v) for layer in first.cache]
+        return first.replace(cache=cache, column=column)
 
     def unstack() -> Call:
         return Call(sampler.unstack, (state.policy(),), of_model, beside)
 
-    def grow(slots: Any, columns: int) -> Call:
-        return Call(sampler.grow, (slots,), {"columns": columns, "compute": compute})
+    def widen(slots: Any, columns: int) -> Call:
+        k, v = slots.cache[0][-2:]
+        return Call(sampler.widen, (k, v, slots.column), {"columns": columns, "compute": compute})
 
-    def widen() -> Call:
-        widest = grow(slots(-(-T // 2)), T)
-        return widest._replace(beside=(beside, params()))
+    def grow() -> Call:
+        first, *others = slots(T).cache  # all but the first layer are as wide already
+        last = widen(slots(-(-T // 2)), T)
+        return last._replace(beside=(beside, params(), slots(T).replace(cache=[first[:2], others])))
 
     def prefill() -> Call:
         arguments = (params(), slots(T), *asked, refill, refill)
@@ -275,7 +281,7 @@ def sampler_calls(
         key = jax.eval_shape(jax.random.key, 0)
         return Call(sampler.advance, (params(), key, slots(T), refill[0]), static, beside)
 
-    return {"unstack": unstack, "grow": widen, "prefill": prefill, "decode": decode}
+    return {"unstack": unstack, "grow": grow, "prefill": prefill, "decode": decode}
 
 
 def _shapes(tree: Any) -> Any:

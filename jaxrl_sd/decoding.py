@@ -36,10 +36,20 @@ class LayerCache(NamedTuple):
 
 Cache = list[LayerCache]
 K_AXIS, V_AXIS = 4, 3  # the response's columns
+
+# Slots over the devices that split rows, heads over those that split heads.
+CACHE_AXES = LayerCache(
+    prompt_k=("rows", "heads", "head_dim", "columns"),
+    prompt_v=("rows", "heads", "columns", "head_dim"),
+    response_k=("rows", "heads", "lanes", "head_dim", "columns"),
+    response_v=("rows", "heads", "lanes", "columns", "head_dim"),
+)
+# Sums over parts of the hidden side would exchange all feed-forward units for every token.
 BY_UNITS = {
     "gate": ("features", "units"),
     "up": ("features", "units"),
     "down": ("units", "features"),
+    "down_a": ("units", "rank"),
 }
 
 
@@ -55,10 +65,11 @@ def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
     """
     params, mesh = cast(params, compute.dtype), compute.mesh
     layers = [jax.tree.map(itemgetter(i), params["layers"]) for i in range(config.num_layers)]
-    # Sums over parts of the hidden side would exchange, for every token, all that is wider than it.
     if is_split("units", config.intermediate_size, mesh):
         for layer in layers:
-            layer.update((name, constrain(layer[name], BY_UNITS[name], mesh)) for name in BY_UNITS)
+            names = BY_UNITS.keys() & layer.keys()
+            layer.update((name, constrain(layer[name], BY_UNITS[name], mesh)) for name in names)
+    # And such sums for the head would exchange whole logits.
     embed = constrain(params["embed"], ("ids", "features"), mesh)
     head = constrain(model.head(params, config).T, ("features", "ids"), mesh)
     return {**params, "embed": embed, "head": head, "layers": layers}
@@ -121,20 +132,23 @@ def fill(cache: Cache, slots: Array, prompts: list[tuple[Array, Array]], compute
     return [put(*layer) for layer in zip(cache, prompts, strict=True)]
 
 
-def grow(cache: Cache, column: Array, columns: int, compute: Compute) -> tuple[Cache, Array]:
-    """More columns for the responses, in the order of time; and the next column to write."""
-    C = columns_of(cache)
+def widen(
+    k: Array, v: Array, column: Array, columns: int, compute: Compute
+) -> tuple[Array, Array, Array]:
+    """A layer's `response_k` and `response_v` with more columns, in the order of time.
 
-    def widen(x, axis):
+    Returns:
+      Both, and the next column to write.
+    """
+    C = v.shape[V_AXIS]
+
+    def wider(x, axis, axes):
         padding = [(0, 0)] * x.ndim
         padding[axis] = (0, columns - C)
-        return jnp.pad(jnp.roll(x, -column, axis), padding)
+        return constrain(jnp.pad(jnp.roll(x, -column, axis), padding), axes, compute.mesh)
 
-    def layer(cache):
-        k, v = widen(cache.response_k, K_AXIS), widen(cache.response_v, V_AXIS)
-        return _place(cache._replace(response_k=k, response_v=v), compute)
-
-    return [layer(old) for old in cache], jnp.int32(C)
+    k = wider(k, K_AXIS, CACHE_AXES.response_k)
+    return k, wider(v, V_AXIS, CACHE_AXES.response_v), jnp.int32(C)
 
 
 def decode(
@@ -164,7 +178,8 @@ def decode(
     in_response = age[None, None] <= t[..., None]
     in_prompt = jnp.broadcast_to(in_prompt[:, None], (*token.shape, S))
     seen = jnp.concatenate([in_prompt, in_response], axis=-1)[:, None, :, None]
-    # Split like the weights: what is exchanged for a token is then hidden states, never weights.
+    # Split like the weights of attention: what is exchanged for a token are then hidden states,
+    # queries and keys, never weights.
     place = partial(constrain, axes=("replicas", "lanes", "hidden"), mesh=compute.mesh)
     x, kept = place(params["embed"][token]), []
     for layer, old in zip(params["layers"], cache, strict=True):
@@ -205,11 +220,4 @@ def _attend(q, k, v, cache: LayerCache, column, seen, compute):
 
 
 def _place(cache: LayerCache, compute: Compute) -> LayerCache:
-    """Slots over the devices that split rows, heads over those that split heads."""
-    axes = LayerCache(
-        prompt_k=("rows", "heads", "head_dim", "columns"),
-        prompt_v=("rows", "heads", "columns", "head_dim"),
-        response_k=("rows", "heads", "lanes", "head_dim", "columns"),
-        response_v=("rows", "heads", "lanes", "columns", "head_dim"),
-    )
-    return LayerCache(*map(partial(constrain, mesh=compute.mesh), cache, axes))
+    return LayerCache(*map(partial(constrain, mesh=compute.mesh), cache, CACHE_AXES))

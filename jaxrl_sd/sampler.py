@@ -225,10 +225,22 @@ def fill(
     return _place(state, compute)
 
 
-@partial(jax.jit, static_argnames=("columns", "compute"))
+widen = jax.jit(decoding.widen, static_argnames=("columns", "compute"))
+
+
 def grow(state: State, *, columns: int, compute: Compute) -> State:
-    """The same with more columns for responses."""
-    cache, column = decoding.grow(state.cache, state.column, columns, compute)
+    """The same with more columns for responses; frees the columns that `state` has.
+
+    Layer by layer: there may be no room for two caches.
+    """
+    cache, column = [], state.column
+    for layer in state.cache:
+        k, v, column = widen(
+            layer.response_k, layer.response_v, state.column, columns=columns, compute=compute
+        )
+        layer.response_k.delete()
+        layer.response_v.delete()
+        cache.append(layer._replace(response_k=k, response_v=v))
     return state.replace(cache=cache, column=column)
 
 

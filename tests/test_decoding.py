@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_sd import decoding, hlo, model, sharding
-from jaxrl_sd.model import Compute, ModelConfig
+from jaxrl_sd.model import Compute, Lora, ModelConfig
 
 CONFIG = ModelConfig(32, 29, 16, 24, 2, 4, 2, 8, 1e4, 1e-6, True)
 U, N, S, T = 3, 2, 5, 6
@@ -85,9 +85,10 @@ def test_a_cache_that_grows_keeps_what_it_has(params, rows, want):
     decoder.fill(prompt)
     for t in range(T - 1):
         if t == 3:
-            cache, column = decoding.grow(decoder.cache, jnp.int32(1), T, decoder.compute)
-            decoder.cache = cache
-            assert column == 3 and decoding.columns_of(cache) == T
+            for i, old in enumerate(decoder.cache):
+                k, v, column = decoding.widen(*old[2:], jnp.int32(1), T, decoder.compute)
+                decoder.cache[i] = old._replace(response_k=k, response_v=v)
+            assert column == 3 and decoding.columns_of(decoder.cache) == T
         hidden = decoder.step(response[:, :, t], np.full((U, N), t), column)
         column = (column + 1) % (3 if t < 3 else T)
         np.testing.assert_allclose(hidden, want[:, :, t + 1], rtol=1e-5, atol=1e-5)
@@ -118,19 +119,31 @@ def test_weights_cache_and_states_have_the_type_to_compute_in(params, rows, want
     np.testing.assert_allclose(first.astype(jnp.float32), want[:, 0, 0], rtol=0, atol=0.1)
 
 
-def test_a_token_moves_neither_weights_nor_feed_forward_units_between_devices():
+def split(params, config, compute):
+    """How `unstack` splits the decoder's weights, and their shapes."""
+    placed = sharding.of_state(params, compute.mesh)
+    unstack = partial(decoding.unstack, config=config, compute=compute)
+    lowered = jax.jit(unstack, in_shardings=(placed,)).lower(params)
+    return lowered.compile().output_shardings, lowered.out_info
+
+
+def abstract_params(config):
+    params = jax.eval_shape(partial(model.init_params, config=config), jax.random.key(0))
+    if config.lora is None:
+        return params
+    adapter = jax.eval_shape(partial(model.init_adapter, config=config), jax.random.key(0))
+    return model.join(params, adapter)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(8, 8.0, ("q", "o", "gate", "up", "down"))])
+def test_a_token_moves_neither_weights_nor_feed_forward_units_between_devices(lora):
     """The largest thing that a step gathers is smaller than the smallest matrix of a layer.
 
     And all that is sent is less than a device's sums of one feed-forward product.
     """
-    config = ModelConfig(256, 256, 64, 8192, 1, 8, 4, 64, 1e4, 1e-6, True)
+    config = ModelConfig(256, 256, 64, 8192, 1, 8, 4, 64, 1e4, 1e-6, True, lora)
     compute = Compute(mesh=sharding.make_mesh(data=1, fsdp=4, tensor=2))
-    params = jax.eval_shape(partial(model.init_params, config=config), jax.random.key(0))
-    placed = sharding.of_state(params, compute.mesh)
-
-    unstack = jax.jit(
-        partial(decoding.unstack, config=config, compute=compute), in_shardings=(placed,)
-    ).lower(params)
+    placed, params = split(abstract_params(config), config, compute)
 
     def step(params):
         cache = decoding.empty_cache(4, 1, 4, 4, config, compute)
@@ -140,9 +153,18 @@ def test_a_token_moves_neither_weights_nor_feed_forward_units_between_devices():
         )
         return decoding.logits(params, hidden, config, compute)
 
-    placed = unstack.compile().output_shardings
-    text = jax.jit(step, in_shardings=(placed,)).lower(unstack.out_info).compile().as_text()
+    text = jax.jit(step, in_shardings=(placed,)).lower(params).compile().as_text()
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in gathered]
     assert sizes and max(sizes) < 64 * 4 * 64 / 4
     assert sum(hlo.cost(text).sent.values()) < 4 * 8192 / 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("units", "spec"), [(512, (None, ("tensor", "fsdp"))), (514, ("fsdp", "tensor"))]
+)
+def test_units_that_the_devices_do_not_divide_stay_as_they_are(units, spec):
+    config = ModelConfig(256, 256, 64, units, 1, 8, 4, 64, 1e4, 1e-6, True)
+    compute = Compute(mesh=sharding.make_mesh(data=1, fsdp=4, tensor=2))
+    placed, _ = split(abstract_params(config), config, compute)
+    assert tuple(placed["layers"][0]["gate"].spec) == spec

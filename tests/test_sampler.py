@@ -230,7 +230,9 @@ def test_responses_do_not_depend_on_widths(params, prompt, monkeypatch):
 
     def seen_grow(state, columns, **kwargs):
         widths.append(columns)
-        return grow(state, columns=columns, **kwargs)
+        wider = grow(state, columns=columns, **kwargs)
+        assert all(layer.response_k.is_deleted() for layer in state.cache)
+        return wider
 
     monkeypatch.setattr(sampler, "fill", seen_fill)
     monkeypatch.setattr(sampler, "grow", seen_grow)
