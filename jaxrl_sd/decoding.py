@@ -67,7 +67,7 @@ def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
     layers = [jax.tree.map(itemgetter(i), params["layers"]) for i in range(config.num_layers)]
     if is_split("units", config.intermediate_size, mesh):
         for layer in layers:
-            names = BY_UNITS.keys() & layer.keys()
+            names = [name for name in BY_UNITS if name in layer]  # in one order on all hosts
             layer.update((name, constrain(layer[name], BY_UNITS[name], mesh)) for name in names)
     # And such sums for the head would exchange whole logits.
     embed = constrain(params["embed"], ("ids", "features"), mesh)

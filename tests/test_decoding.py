@@ -1,6 +1,9 @@
 """Decoding token by token against whole sequences."""
 
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -168,3 +171,27 @@ def test_units_that_the_devices_do_not_divide_stay_as_they_are(units, spec):
     compute = Compute(mesh=sharding.make_mesh(data=1, fsdp=4, tensor=2))
     placed, _ = split(abstract_params(config), config, compute)
     assert tuple(placed["layers"][0]["gate"].spec) == spec
+
+
+LOWER = """
+import hashlib, jax
+from functools import partial
+from jaxrl_sd import decoding, model, sharding
+config = model.ModelConfig(64, 64, 16, 64, 1, 4, 4, 4, 1e4, 1e-6, True)
+compute = model.Compute(mesh=sharding.make_mesh(data=1, fsdp=4, tensor=2))
+params = jax.eval_shape(partial(model.init_params, config=config), jax.random.key(0))
+unstack = jax.jit(partial(decoding.unstack, config=config, compute=compute))
+print(hashlib.sha256(unstack.lower(params).as_text().encode()).hexdigest())
+"""
+
+
+def test_all_hosts_compile_the_same_program():
+    """Whatever the order of their sets, which is another in every process."""
+
+    def program(seed):
+        flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", LOWER]
+        return subprocess.run(command, env=os.environ | flags, capture_output=True, check=True)
+
+    programs = {program(seed).stdout for seed in "012"}
+    assert len(programs) == 1 and len(programs.pop().strip()) == 64

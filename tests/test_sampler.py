@@ -231,7 +231,7 @@ def test_responses_do_not_depend_on_widths(params, prompt, monkeypatch):
     def seen_grow(state, columns, **kwargs):
         widths.append(columns)
         wider = grow(state, columns=columns, **kwargs)
-        assert all(layer.response_k.is_deleted() for layer in state.cache)
+        assert all(x.is_deleted() for layer in state.cache for x in layer[2:])
         return wider
 
     monkeypatch.setattr(sampler, "fill", seen_fill)

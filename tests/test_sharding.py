@@ -95,6 +95,13 @@ def test_xla_finds_the_way_from_the_table_to_the_rows(mesh, capfd):
     assert "full rematerialization" not in capfd.readouterr().err
 
 
+def test_one_device_is_told_nothing():
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1)
+    x = jnp.zeros((8, 6))
+    assert sharding.constrain(x, ("rows", "tokens"), mesh) is x
+    assert not sharding.is_split("rows", 8, mesh)
+
+
 def test_an_axis_that_does_not_divide_stays_whole():
     mesh = sharding.make_mesh(data=1, fsdp=3, tensor=2)
     embed = sharding.of_state({"embed": np.zeros((20, 16))}, mesh)["embed"]
