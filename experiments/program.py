@@ -22,6 +22,7 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are.
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 MIN_COMPILE_SECONDS = 0.1  # what takes longer is kept
+CPU_DEVICES = 2  # any machine has two cores; and results do not depend on how many more
 
 
 def run(program: Callable[[list[str]], None]) -> None:
@@ -34,6 +35,7 @@ def run(program: Callable[[list[str]], None]) -> None:
     def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax reports each file it writes
         keep_what_is_compiled()
+        divide_cpu()
         try:
             if COORDINATOR.value is not None:
                 hosts.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
@@ -58,6 +60,16 @@ def keep_what_is_compiled() -> None:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(caches, "jaxrl_sd")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+
+
+def divide_cpu() -> None:
+    """Makes the CPU so many devices, for those meshes that use them, unless JAX was told a number.
+
+    Call it before anything touches a device.
+    """
+    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if jax.config.jax_num_cpu_devices < 0 and not told:
+        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -323,7 +323,8 @@ def _check_ranges(config: ConfigDict) -> None:
     _expect(config, "compute.remat", lambda x: x in policies, f"one of {policies}")
     split = config.mesh.data * config.mesh.fsdp
     for field in ("rollout.prompts", "rollout.slots"):
-        _expect(config, field, lambda x: x % split == 0, f"a multiple of {split} devices")
+        expected = f"a multiple of {split}, mesh.data times mesh.fsdp"
+        _expect(config, field, lambda x: x % split == 0, expected)
 
 
 def _check_sizes(config: ConfigDict) -> None:

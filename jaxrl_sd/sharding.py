@@ -53,7 +53,7 @@ for _name, _inputs in LINEAR.items():
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over the first data * fsdp * tensor devices; says so if that leaves some idle.
+    """A mesh over the first data * fsdp * tensor devices; says so if that leaves chips idle.
 
     Raises:
       InputError: there are fewer devices, or more and several processes have them.
@@ -69,7 +69,8 @@ def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
             f"mesh: data={data}, fsdp={fsdp}, tensor={tensor} use {math.prod(sizes)} of "
             f"{available} devices; a run of several processes has to use all"
         )
-    if math.prod(sizes) < available:
+    # The devices of a CPU share its cores: those that are not used leave theirs to the others.
+    if math.prod(sizes) < available and jax.default_backend() != "cpu":
         logging.warning("mesh: %d of %d devices are used", math.prod(sizes), available)
     return lay_out(sizes, jax.devices()[: math.prod(sizes)])
 

@@ -298,7 +298,7 @@ def test_evaluation_of_a_file_of_mathematics_problems(tmp_path, python):
     arguments = (
         *("--benchmark=aime24", "--decoding=sdpg", f"--output_dir={tmp_path}/run"),
         *(f"--config.data.test={file}", "--config.rollout.prompts=2"),
-        "--config.evaluation.samples=5",
+        *("--config.evaluation.samples=5", "--config.mesh.data=1"),
     )
     done = python("-m", "experiments.evaluate", *arguments)
     assert done.returncode == 0, done.stderr
@@ -348,7 +348,7 @@ def test_filtered_problems_are_read_back_with_all_their_columns(tmp_path, python
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = (
         *(f"--output={kept}", "--samples=4", f"--config.data.train={file}"),
-        *("--config.rollout.prompts=4", "--config.data.num_train=0"),
+        *("--config.rollout.prompts=4", "--config.mesh.data=4", "--config.data.num_train=0"),
     )
     done = python("-m", "experiments.filter_data", *arguments)
     assert done.returncode == 0, done.stderr

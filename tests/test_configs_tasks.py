@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxrl_sd import chains, contexts, data
@@ -25,10 +26,20 @@ def small(name, folder):
     config.output_dir = str(folder)
     config.steps = 1
     config.data.num_train, config.data.num_test = 16, 8
-    config.rollout.prompts, config.rollout.group_size = 4, 2
+    config.rollout.prompts, config.rollout.group_size, config.mesh.data = 4, 2, 1
     config.evaluation.samples = 2
     config.verifier.workers = 1
     return config
+
+
+@pytest.mark.parametrize(("devices", "data"), [(1, 1), (2, 2), (8, 8), (12, 4), (3, 1)])
+def test_the_main_job_takes_the_devices_that_divide_its_prompts(monkeypatch, devices, data):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    config = configuration.load(REPOSITORY / "experiments/configs/tiny.py")
+    assert config.mesh.to_dict() == {"data": data, "fsdp": 1, "tensor": 1}
+    configuration.check_settings(config)
+    config.mesh.data = 1
+    assert config.to_dict() == configuration.default().to_dict()
 
 
 def test_each_has_a_folder_and_a_task_of_its_own():

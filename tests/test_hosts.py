@@ -183,3 +183,27 @@ def test_a_process_alone_divides_nothing():
     assert hosts.divide(lambda part: [2 * x for x in part], [1, 2, 3], multiple=3) == [2, 4, 6]
     assert hosts.divide(lambda part: pytest.fail("called with nothing"), []) == []
     assert hosts.from_first(lambda: 5) == 5 and hosts.exchange(lambda: 5) == [5]
+
+
+def test_a_cpu_is_two_devices_unless_jax_was_told_a_number(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import jax\nfrom experiments import program\n"
+        "program.run(lambda _: print(jax.device_count(), jax.device_put(1.0).sharding.num_devices))"
+    )
+    told = [
+        ({"XLA_FLAGS": ""}, "2 1"),
+        ({"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "3"}, "3 1"),
+        ({"XLA_FLAGS": FLAGS}, "4 1"),
+    ]
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(program)],
+            env=os.environ | path | environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for environment, _ in told
+    ]
+    assert [process.communicate()[0].strip() for process in started] == [out for _, out in told]

@@ -17,6 +17,7 @@ from jaxrl_sd.methods.base import Method
 from jaxrl_sd.start import open_judge, prepare
 from jaxrl_sd.types import Batch
 
+BUILT_IN = Path(__file__).parents[1] / "configs" / "tiny.py"
 PLAIN = {"grpo": {"kl_coef": 0.0}}  # settings that are not the default
 TITLE = "Methods beside GRPO"
 
@@ -90,7 +91,7 @@ class Stepper:
     """The next training step of the built-in job at each call, as `train.train` has it."""
 
     def __init__(self, method: str, folder: Path):
-        config = configuration.default()
+        config = configuration.load(BUILT_IN)
         config.output_dir = str(folder / method)
         config.method.name = method
         if method in PLAIN:
