@@ -5,7 +5,8 @@ responses to it there are, and the responses back to back. How many micro-batche
 follows from its lengths. They have one shape, out of a few, for which everything is compiled once.
 Student and teachers read the same rows, each after its own prompts. Host code, on numpy arrays.
 
-B rows, N tokens of a stream, C prefix keys, M response tokens, W rows of a stream, R streams.
+B rows, N tokens of a stream, C prefix keys, M response tokens, W rows of a stream, R streams,
+K prompts of a stream, each once.
 """
 
 from collections import defaultdict
@@ -21,7 +22,7 @@ from jaxrl_sd.vocabulary import STUDENT
 TILE = 128  # what kernels on accelerators work in: sizes of streams are multiples of it
 NO_SEGMENT = 2**30
 SHAPES = 16  # of a stream to choose from
-STEP = 512  # tokens: a shape that is less smaller does not pay for being compiled
+STEP = 256  # tokens: a shape that is less smaller does not pay for being compiled
 
 
 class Prompts(NamedTuple):
@@ -249,17 +250,15 @@ def _pack_stream(
     sizes: Sizes,
 ) -> Part:
     """One stream of a part, without the leading axis R."""
-    M, W, B = sizes.responses, sizes.rows, len(response)
+    M, W, B, n = sizes.responses, sizes.rows, len(response), length[rows]
     rows_, token = np.full(W, B, np.int32), np.zeros(M, np.int32)
     row_, t = np.full(M, W, np.int32), np.zeros(M, np.int32)
+    m = n.sum()
     rows_[: len(rows)] = rows
-    m = 0
-    for w, row in enumerate(rows):
-        n = length[row]
-        token[m : m + n], row_[m : m + n], t[m : m + n] = response[row, :n], w, np.arange(n)
-        m += n
+    row_[:m], t[:m] = np.arange(len(rows)).repeat(n), _counting(0 * n, n)
+    token[:m] = response[rows][row_[:m], t[:m]]
     streams = {
-        name: _read_by([prompts[name][row] for row in rows], response[rows], length[rows], size, M)
+        name: _read_by([prompts[name][row] for row in rows], response[rows], n, size, M)
         for name, size in sizes.streams.items()
     }
     return Part(streams, rows_, token, row_, t, np.int32(m))
@@ -269,34 +268,38 @@ def _read_by(
     prompts: Sequence[bytes], response: np.ndarray, length: np.ndarray, size: Size, M: int
 ) -> Stream:
     """A model's stream, without the leading axis R."""
-    N, C = size
+    (N, C), W = size, len(prompts)
+    number = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+    of_row, K = np.array([number[prompt] for prompt in prompts], int), len(number)
+    ids = [np.frombuffer(prompt, np.int32) for prompt in number]
+    ids += [row[: n - 1] for row, n in zip(response, length, strict=True)]
+    sizes = np.array([len(x) for x in ids], int)
+    start, at = sizes.cumsum() - sizes, sizes.sum()
+    p = sizes[of_row]  # of each row's prompt
     token, position, segment = np.zeros((3, N), np.int32)
     prefix, prefix_segment = np.zeros(C, np.int32), np.full(C, NO_SEGMENT, np.int32)
     predictor = np.zeros(M, np.int32)
-    start = {}  # of each prompt
-    at = m = c = 0
-
-    def append(ids, first_position: int, number: int) -> None:
-        nonlocal at
-        here = slice(at, at + len(ids))
-        token[here], segment[here] = ids, number
-        position[here] = first_position + np.arange(len(ids))
-        at += len(ids)
-
-    for prompt in prompts:
-        if prompt not in start:
-            start[prompt] = at
-            append(np.frombuffer(prompt, np.int32), 0, len(start) - 1)
-    for w, (prompt, ids, n) in enumerate(zip(prompts, response, length, strict=True)):
-        first, p, number = start[prompt], len(prompt) // 4, len(start) + w
-        prefix[c : c + p], prefix_segment[c : c + p] = first + np.arange(p), number
-        # Its end predicts the first token, and each token the next; nothing is after the last.
-        predictor[m], predictor[m + 1 : m + n] = first + p - 1, at + np.arange(n - 1)
-        append(ids[: n - 1], p, number)
-        m, c = m + n, c + p
+    token[:at] = np.concatenate([token[:0], *ids])
+    position[:at] = _counting(np.append(np.zeros(K, int), p), sizes)
+    segment[:at] = np.arange(K + W).repeat(sizes)
     # A padding token sees itself only.
-    segment[at:] = len(start) + len(prompts) + np.arange(N - at)
+    segment[at:] = K + W + np.arange(N - at)
+    prefix[: p.sum()] = _counting(start[of_row], p)
+    prefix_segment[: p.sum()] = (K + np.arange(W)).repeat(p)
+    # The prompt's end predicts the first token, and each token the next; nothing is after the last.
+    predictor[: length.sum()] = _counting(start[K:] - 1, length)
+    predictor[length.cumsum() - length] = start[of_row] + p - 1
     return Stream(token, position, segment, prefix, prefix_segment, predictor, np.int32(at))
+
+
+def _counting(first: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """first[i], first[i] + 1 ..., sizes[i] numbers, one i after the other.
+
+    >>> _counting(np.array([5, 0]), np.array([3, 2])).tolist()
+    [5, 6, 7, 0, 1]
+    """
+    behind = sizes.cumsum() - sizes
+    return np.arange(sizes.sum()) + (first - behind).repeat(sizes)
 
 
 def padding(parts: Sequence[Part], model: str = STUDENT) -> float:

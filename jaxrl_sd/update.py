@@ -5,7 +5,7 @@ weights were computed from whole mini-batches, so the gradients of parts simply 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,6 +62,7 @@ class Steps(NamedTuple):
     apply: Callable[[State, Sums, Batch, Array], tuple[State, Metrics]]  # one optimiser update
     finish: Callable[[State], State]  # teacher refresh and step number, after the last update
     scored: tuple[str, ...]  # names of what `score` fills in
+    read: frozenset[str]  # the models whose streams `zeros` and `add` read
 
 
 Parts = Sequence[Sequence[Part]]  # of each mini-batch
@@ -91,12 +92,18 @@ def update(
     metrics = []
     for _ in range(epochs):
         for i, mini_batch in enumerate(parts):
+            # Other sizes of a stream that they do not read would compile them again.
+            mini_batch = [_only(steps.read, part) for part in mini_batch]
             sums = steps.zeros(state, batch, mini_batch[0])
             for part in mini_batch:
                 sums = steps.add(sums, state, batch, part)
             state, of_update = steps.apply(state, sums, batch, i)
             metrics.append(of_update)
     return steps.finish(state), _mean(metrics)
+
+
+def _only(models: Collection[str], part: Part) -> Part:
+    return part.replace(streams={n: s for n, s in part.streams.items() if n in models})
 
 
 @jax.jit
@@ -278,7 +285,8 @@ def make_steps(
         return placed(state.replace(teachers=teachers, step=step))
 
     score = make_score(requests, method, configs, temperature, compute)
-    return Steps(score, credit, zeros, add, apply, finish, scored=tuple(requests))
+    read = frozenset(STUDENT if teacher is None else teacher for teacher, _ in probes.values())
+    return Steps(score, credit, zeros, add, apply, finish, tuple(requests), read)
 
 
 def take_rows(batch: Batch, rows: Array) -> Batch:

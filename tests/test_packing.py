@@ -210,7 +210,7 @@ def test_a_teacher_gets_the_room_that_it_needs():
 
 def test_short_streams_keep_their_shape():
     prompts, length, rows = rows_of([20] * 5, range(5))
-    sizes = Sizes({STUDENT: Size(512, 256)}, 512, 64)
+    sizes = Sizes({STUDENT: Size(256, 128)}, 256, 64)
     assert packing.spread(prompts, length, sizes, 4, rows)[1] == sizes
 
 

@@ -12,7 +12,7 @@ import pytest
 from oracles import ORACLES, Case
 from packed import in_one, in_parts, token_stats
 
-from jaxrl_sd import contexts, losses, model, sharding, stats, teachers, update
+from jaxrl_sd import contexts, losses, model, packing, sharding, stats, teachers, update
 from jaxrl_sd.methods import METHODS
 from jaxrl_sd.methods.base import (
     Method,
@@ -22,6 +22,7 @@ from jaxrl_sd.methods.base import (
     group_advantage,
 )
 from jaxrl_sd.model import LINEAR, Compute, Lora, ModelConfig
+from jaxrl_sd.packing import Prompts, Size
 from jaxrl_sd.types import Batch, Credit, Hints, Rollouts
 from jaxrl_sd.update import ALWAYS_PROBED, Steps, init_state, make_steps
 from jaxrl_sd.vocabulary import STUDENT
@@ -498,3 +499,16 @@ def test_an_eighth_method_is_one_function_and_one_entry(monkeypatch):
     assert jnp.abs(after["embed"] - before["embed"]).max() > 1e-3
     want = jax.tree.map(lambda s, p: s + 0.25 * (p - s), old, after)
     assert_trees_close(state.teachers["ema_0.25"], want)
+
+
+@pytest.mark.parametrize(("name", "reads"), [("rlsd", False), ("hsd", True)])
+def test_a_stream_of_another_size_compiles_only_what_reads_it(name, reads):
+    steps, state, batch = compile_steps(method_of(name)), start(name), credited_once(name)
+    sizes = packing.sizes(dict.fromkeys((STUDENT, *batch.hints), Prompts(8, False)), G, T, 128)
+    wide = sizes._replace(streams={**sizes.streams, "teacher": Size(256, 256)})
+    parts = [packing.pack(jax.device_get(batch), size, 1, range(B)) for size in (sizes, wide)]
+    state, want = update.update(steps, state, batch, [parts[0]], 1)
+    assert steps.add._cache_size() == 1
+    again, got = update.update(steps, start(name), batch, [parts[1]], 1)
+    assert steps.add._cache_size() == 1 + reads
+    assert_trees_close((again.params, got), (state.params, want))
