@@ -135,6 +135,8 @@ def test_functions_are_called_in_turns_and_the_warm_up_does_not_count():
 def test_a_ratio_is_of_the_best_and_spreads_over_pairs():
     row = ratio("r", Seconds((4.0, 3.0)), Seconds((1.0, 2.0)), scale=2.0)
     assert (row.value, row.low, row.high) == (6.0, 3.0, 8.0)
+    times = Seconds((9.0, 1.0, 3.0)), Seconds((4.0, 2.0, 0.5))
+    assert ratio("r", *times, typical="median").value == 1.5
 
 
 def test_work_is_counted_token_by_token():

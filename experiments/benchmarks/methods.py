@@ -69,7 +69,10 @@ def updates(scale: Scale, setting: str, grpo: Method, methods: Mapping[str, Meth
 
 
 def whole_steps(scale: Scale, methods: Mapping[str, str]) -> list[Row]:
-    """Sampling, verdicts, hints, scores, credit and update of the built-in job."""
+    """Sampling, verdicts, hints, scores, credit and update of the built-in job.
+
+    Every step is another batch, so the median counts: the best has the shortest answers.
+    """
     names = {"GRPO": "grpo", **methods}
     with tempfile.TemporaryDirectory() as folder:
         steps = {shown: Stepper(name, Path(folder)) for shown, name in names.items()}
@@ -81,6 +84,7 @@ def whole_steps(scale: Scale, methods: Mapping[str, str]) -> list[Row]:
             f"step of {name}, no penalty to a reference",
             seconds[name],
             seconds["GRPO"],
+            typical="median",
             target=("<=", 1.15),
         )
         for name in methods

@@ -1,5 +1,6 @@
 """Times of functions that are compared, measured in turns: a busy machine is fair to all."""
 
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,10 @@ class Seconds(NamedTuple):
     @property
     def best(self) -> float:
         return min(self.values)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
 
     def plus(self, other: "Seconds") -> "Seconds":
         """Of both functions, repetition by repetition."""
@@ -43,13 +48,21 @@ def in_turns(
     return {name: Seconds(tuple(values)) for name, values in seconds.items()}
 
 
-def ratio(name: str, above: Seconds, below: Seconds, scale: float = 1.0, **fields) -> Row:
-    """`scale` times the ratio of the best times; its spread is over repetitions, pair by pair.
+def ratio(
+    name: str,
+    above: Seconds,
+    below: Seconds,
+    scale: float = 1.0,
+    typical: str = "best",
+    **fields,
+) -> Row:
+    """`scale` times the ratio of two times; its spread is over repetitions, pair by pair.
 
     Args:
+      typical: of `Seconds`: best, or median where repetitions do not do the same work.
       fields: others of `Row`; the unit is "x" unless it is among them.
     """
     pairs = [scale * a / b for a, b in zip(above.values, below.values, strict=True)]
     fields = {"unit": "x"} | fields
-    value = scale * above.best / below.best
+    value = scale * getattr(above, typical) / getattr(below, typical)
     return Row(name, value, low=min(pairs), high=max(pairs), **fields)
