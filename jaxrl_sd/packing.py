@@ -279,7 +279,7 @@ def _read_by(
     token, position, segment = np.zeros((3, N), np.int32)
     prefix, prefix_segment = np.zeros(C, np.int32), np.full(C, NO_SEGMENT, np.int32)
     predictor = np.zeros(M, np.int32)
-    token[:at] = np.concatenate([token[:0], *ids])
+    token[:at] = np.concatenate([token[:0], *ids])  # there may be no row
     position[:at] = _counting(np.append(np.zeros(K, int), p), sizes)
     segment[:at] = np.arange(K + W).repeat(sizes)
     # A padding token sees itself only.

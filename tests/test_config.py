@@ -71,6 +71,7 @@ def test_schedules_count_steps_and_not_updates(config):
         ("steps", "many", "steps: expected int, got 'many'"),
         ("steps", True, "steps: expected int, got True"),
         ("steps", 0, "steps: expected at least 1, got 0"),
+        ("mesh.data", 3, "prompts: expected a multiple of 3, mesh.data times mesh.fsdp, got 32"),
         ("rollout.group_size", 1, "rollout.group_size: rlsd compares .* at least 2, got 1"),
         ("rollout.temperature", 0.0, "rollout.temperature: expected more than 0"),
         ("rollout.top_p", 1.5, r"rollout.top_p: expected in \(0, 1\], got 1.5"),

@@ -95,6 +95,17 @@ def test_xla_finds_the_way_from_the_table_to_the_rows(mesh, capfd):
     assert "full rematerialization" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("backend", "warned"), [("tpu", True), ("cpu", False)])
+def test_idle_chips_are_warned_of_and_devices_of_a_cpu_are_not(monkeypatch, backend, warned):
+    warnings = []
+    monkeypatch.setattr(sharding.logging, "warning", lambda *what: warnings.append(what))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    sharding.make_mesh(data=2, fsdp=1, tensor=1)
+    assert warnings == [("mesh: %d of %d devices are used", 2, 8)] * warned
+    sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert len(warnings) == warned
+
+
 def test_one_device_is_told_nothing():
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1)
     x = jnp.zeros((8, 6))
