@@ -1,12 +1,15 @@
 """The decoder token by token: prompts are run once, their keys and values shared by their samples.
 
 A slot holds one prompt and decodes it in a few lanes. Layers are a list here and unrolled: out of a
-stacked array XLA would copy each layer's weights and cache for every token.
+stacked array XLA would copy each layer's weights and cache for every token. Their matrices have
+their outputs first, as products with few rows read them fastest.
 
 U slots, N lanes of a slot, S prompt tokens, C columns of the response cache, D hidden, Q query
 heads, K key-value heads, R = Q / K, H head size.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
@@ -14,10 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrl_sd import model, vocabulary
+from jaxrl_sd import model, sharding, vocabulary
 from jaxrl_sd.attention import attention
 from jaxrl_sd.model import Compute, ModelConfig, block, cast, embed, rms_norm
-from jaxrl_sd.sharding import constrain, gather, is_split
+from jaxrl_sd.sharding import LINEAR, constrain, gather, is_split
 from jaxrl_sd.types import Array, Params
 from jaxrl_sd.vocabulary import MASKED
 
@@ -46,10 +49,23 @@ CACHE_AXES = LayerCache(
 )
 # Sums over parts of the hidden side would exchange all feed-forward units for every token.
 BY_UNITS = {
-    "gate": ("features", "units"),
-    "up": ("features", "units"),
-    "down": ("units", "features"),
+    "gate": ("units", "features"),
+    "up": ("units", "features"),
+    "down": ("features", "units"),
     "down_a": ("units", "rank"),
+}
+FEW = 128  # rows up to which a CPU takes them as the second factor of a product
+
+
+def _outputs_first(axes: Sequence, name: str) -> tuple:
+    """The axes of a weight of LINEAR, [*inputs, *outputs], as this module orders them."""
+    return (*axes[LINEAR[name] :], *axes[: LINEAR[name]])
+
+
+PARAM_AXES = sharding.PARAM_AXES | {
+    name: (layer, *_outputs_first(axes, name))
+    for name, (layer, *axes) in sharding.PARAM_AXES.items()
+    if name in LINEAR
 }
 
 
@@ -59,20 +75,47 @@ def columns_of(cache: Cache) -> int:
 
 
 def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
-    """Parameters as this module takes them: in `compute.dtype`, a list of layers, a head [D, V].
-
-    A product with few rows is faster with such a head, and a tied one is another array.
-    """
+    """Parameters as this module takes them: in `compute.dtype`, a list of layers."""
     params, mesh = cast(params, compute.dtype), compute.mesh
     layers = [jax.tree.map(itemgetter(i), params["layers"]) for i in range(config.num_layers)]
-    if is_split("units", config.intermediate_size, mesh):
-        for layer in layers:
+    by_units = is_split("units", config.intermediate_size, mesh)
+    for layer in layers:
+        for name in LINEAR:
+            layer[name] = layer[name].transpose(_outputs_first(range(layer[name].ndim), name))
+        if by_units:
             names = [name for name in BY_UNITS if name in layer]  # in one order on all hosts
             layer.update((name, constrain(layer[name], BY_UNITS[name], mesh)) for name in names)
-    # And such sums for the head would exchange whole logits.
-    embed = constrain(params["embed"], ("ids", "features"), mesh)
-    head = constrain(model.head(params, config).T, ("features", "ids"), mesh)
-    return {**params, "embed": embed, "head": head, "layers": layers}
+    # Sums over parts of the hidden side would exchange whole logits, too.
+    tables = {name: params[name] for name in ("embed", "head") if name in params}
+    tables = {name: constrain(x, ("ids", "features"), mesh) for name, x in tables.items()}
+    return {**params, **tables, "layers": layers}
+
+
+def linear(x: Array, layer: Params, name: str, config: ModelConfig) -> Array:
+    """What `model.linear` computes, of weights [*outputs, *inputs]."""
+    inputs, weight = LINEAR[name], layer[name]
+    leading, outputs = x.shape[: x.ndim - inputs], weight.shape[: weight.ndim - inputs]
+    x = x.reshape(math.prod(leading), -1)
+    y = product(x, weight.reshape(-1, x.shape[1]))
+    return model.add_terms(y, x, layer, name, config).reshape(*leading, *outputs)
+
+
+def product(x: Array, weight: Array, **options) -> Array:
+    """x [M, inputs] times the transpose of weight [outputs, inputs]; options of `jnp.matmul`.
+
+    XLA's products on CPUs rearrange their second factor every time. With few rows, rearranging the
+    weights would take up to a third of the time; so the rows are the second factor there, and the
+    barriers keep XLA from changing the order back.
+    """
+    multiply, barrier = partial(jnp.matmul, **options), jax.lax.optimization_barrier
+    if len(x) > FEW:
+        return multiply(x, weight.T)
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        cpu=lambda x, weight: barrier(multiply(weight, barrier(x.T))).T,
+        default=lambda x, weight: multiply(x, weight.T),
+    )
 
 
 def prefill(
@@ -95,8 +138,8 @@ def prefill(
 
     x, kept = place(embed(params, prompt, compute)), []
     for layer in params["layers"]:
-        layer = gather(layer, compute.mesh)
-        x, keys_values = block(x, layer, jnp.maximum(position, 0), attend, config)
+        layer = gather(layer, compute.mesh, PARAM_AXES)
+        x, keys_values = block(x, layer, jnp.maximum(position, 0), attend, config, linear)
         x = place(x)
         kept.append(keys_values)
     return rms_norm(x[:, -1], params["final_norm"], config.rms_norm_eps), kept
@@ -184,7 +227,7 @@ def decode(
     x, kept = place(params["embed"][token]), []
     for layer, old in zip(params["layers"], cache, strict=True):
         attend = partial(_attend, cache=old, column=column, seen=seen, compute=compute)
-        x, new = block(x, layer, prompt_length[:, None] + t, attend, config)
+        x, new = block(x, layer, prompt_length[:, None] + t, attend, config, linear)
         x = place(x)
         kept.append(new)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), kept
@@ -193,7 +236,10 @@ def decode(
 def logits(params: Params, hidden: Array, config: ModelConfig, compute: Compute) -> Array:
     """float32 logits [U, N, V] of hidden states [U, N, D]."""
     hidden = constrain(hidden, ("replicas", "lanes", "features"), compute.mesh)
-    out = vocabulary.logits(hidden, params["head"].T, config.num_tokens)
+    options = vocabulary.float32_sums(hidden.dtype)
+    flat, head = hidden.reshape(-1, hidden.shape[-1]), model.head(params, config)
+    out = vocabulary.mask(product(flat, head, **options), config.num_tokens)
+    out = out.reshape(*hidden.shape[:-1], -1)
     out = constrain(out, ("replicas", "lanes", "ids"), compute.mesh)
     return constrain(out, ("rows", "lanes", "vocabulary"), compute.mesh)
 

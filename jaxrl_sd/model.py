@@ -198,20 +198,21 @@ def linear(x: Array, layer: Params, name: str, config: ModelConfig) -> Array:
     # As matrices: of more axes XLA writes some gradients out transposed, which takes CPUs longer
     # than the products.
     x = x.reshape(math.prod(leading), -1)
+    y = x @ layer[name].reshape(x.shape[1], -1)
+    return add_terms(y, x, layer, name, config).reshape(*leading, *outputs)
 
-    def product(weight):
-        return x @ weight.reshape(x.shape[1], -1)
 
-    y = product(layer[name])
+def add_terms(y: Array, x: Array, layer: Params, name: str, config: ModelConfig) -> Array:
+    """y + bias + (alpha / r) (x A) B, of matrices x [M, inputs] and y [M, outputs]."""
     if f"{name}_bias" in layer:
         y += jnp.broadcast_to(layer[f"{name}_bias"].reshape(-1), y.shape)
     if f"{name}_a" in layer:
         a, b = (layer[f"{name}_{factor}"].astype(x.dtype) for factor in "ab")
-        y += config.lora.scale * (product(a) @ b.reshape(len(b), -1))
-    return y.reshape(*leading, *outputs)
+        y += config.lora.scale * (x @ a.reshape(x.shape[1], -1) @ b.reshape(len(b), -1))
+    return y
 
 
-def block(x: Array, layer: Params, positions: Array, attend, config: ModelConfig):
+def block(x: Array, layer: Params, positions: Array, attend, config: ModelConfig, linear=linear):
     """One decoder layer. `attend(q, k, v) -> (values [..., Q, H], what the caller keeps)`."""
     norm = partial(rms_norm, eps=config.rms_norm_eps)
     project = partial(linear, layer=layer, config=config)

@@ -6,7 +6,7 @@ inserts the communication. On one device all three have size 1 and nothing here 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -143,8 +143,10 @@ def constrain(x: Array, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
-def gather(layer: Any, mesh: Mesh | None) -> Any:
+def gather(layer: Any, mesh: Mesh | None, axes_of: Mapping = PARAM_AXES) -> Any:
     """The weights of one layer, each whole along its hidden side, for products with many tokens.
+
+    `axes_of` is their table of logical axes.
 
     They are gathered once. Left alone, XLA for TPUs multiplies with one device's piece after the
     other's, and reads and writes the products of all tokens each time. Where 32 devices have a
@@ -152,7 +154,7 @@ def gather(layer: Any, mesh: Mesh | None) -> Any:
     """
 
     def of(path, x):
-        _, *axes = PARAM_AXES.get(path[-1].key, ("", *[""] * x.ndim))
+        _, *axes = axes_of.get(path[-1].key, ("", *[""] * x.ndim))
         return constrain(x, tuple("" if axis == "hidden" else axis for axis in axes), mesh)
 
     return jax.tree.map_with_path(of, layer)

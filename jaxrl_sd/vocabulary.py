@@ -36,17 +36,23 @@ def logits(hidden: Array, head: Array, num_tokens: int) -> Array:
     >>> print(logits(hidden, head, num_tokens=2))
     [[ 1.0e+00  1.5e+00 -1.0e+30]]
     """
-    return _mask(_product("...d,vd->...v", hidden, head.astype(hidden.dtype)), num_tokens)
+    return mask(_product("...d,vd->...v", hidden, head.astype(hidden.dtype)), num_tokens)
+
+
+def float32_sums(dtype: jnp.dtype) -> dict[str, Any]:
+    """Options of a product of such factors, for sums of exact products in float32."""
+    # Accelerators round float32 factors to fewer bits unless told otherwise. bfloat16 has no more
+    # bits to lose, and asking for them would slow it down many times.
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return {"precision": precision, "preferred_element_type": jnp.float32}
 
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
-    # Accelerators round float32 factors to fewer bits unless told otherwise. bfloat16 has no more
-    # bits to lose, and asking for them would slow it down many times.
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(subscripts, a, b, **float32_sums(a.dtype))
 
 
-def _mask(z: Array, num_tokens: int) -> Array:
+def mask(z: Array, num_tokens: int) -> Array:
+    """Logits f32[..., V] in which ids from `num_tokens` on are `MASKED`."""
     if z.shape[-1] == num_tokens:
         return z
     known = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) < num_tokens
@@ -252,7 +258,7 @@ def _statistics(
     plan: _Plan, names: Iterable[str], part: _Part, products: dict[str, Array]
 ) -> dict[str, Array]:
     """Those of `names`, {name: f32[n]}, 0 where not real."""
-    z = {name: _mask(x, plan.num_tokens) / part.temperature for name, x in products.items()}
+    z = {name: mask(x, plan.num_tokens) / part.temperature for name, x in products.items()}
     out = {}
     for name in names:
         teacher, statistic = plan.requests[name]

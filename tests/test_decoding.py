@@ -164,13 +164,39 @@ def test_a_token_moves_neither_weights_nor_feed_forward_units_between_devices(lo
 
 
 @pytest.mark.parametrize(
-    ("units", "spec"), [(512, (None, ("tensor", "fsdp"))), (514, ("fsdp", "tensor"))]
+    ("units", "spec"), [(512, (("tensor", "fsdp"),)), (514, ("tensor", "fsdp"))]
 )
 def test_units_that_the_devices_do_not_divide_stay_as_they_are(units, spec):
     config = ModelConfig(256, 256, 64, units, 1, 8, 4, 64, 1e4, 1e-6, True)
     compute = Compute(mesh=sharding.make_mesh(data=1, fsdp=4, tensor=2))
     placed, _ = split(abstract_params(config), config, compute)
     assert tuple(placed["layers"][0]["gate"].spec) == spec
+
+
+@pytest.mark.parametrize("rows", [1, decoding.FEW, decoding.FEW + 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_is_that_of_its_rows_and_weights(rows, dtype):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=(n, 8)), dtype) for n in (rows, 5))
+    product = jax.jit(partial(decoding.product, preferred_element_type=jnp.float32))
+    got, want = product(x, weight), np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "platform", "shape"),
+    [(decoding.FEW, "cpu", "5,128"), (decoding.FEW + 1, "cpu", "129,5"), (8, "tpu", "8,5")],
+)
+def test_few_rows_are_the_second_factor_on_a_cpu_alone(rows, platform, shape):
+    """In what XLA is given, and on a CPU in what it makes of it."""
+    arguments = jnp.zeros((rows, 512)), jnp.zeros((5, 512))
+    traced = jax.jit(decoding.product).trace(*arguments)
+    text = traced.lower(lowering_platforms=(platform,)).as_text("hlo")
+    assert f"f32[{shape}]" in re.search(r".* dot\(.*", text)[0]
+    if platform == "cpu":
+        compiled = jax.jit(decoding.product).lower(*arguments).compile().as_text()
+        assert f"f32[{shape}]" in re.search(r".* dot\(.*", compiled)[0]
 
 
 LOWER = """

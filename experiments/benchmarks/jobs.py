@@ -11,10 +11,10 @@ import optax
 
 from experiments.benchmarks.models import END, PAD, random_params
 from experiments.benchmarks.work import Shape
-from jaxrl_sd import packing, sampler, sharding, update
+from jaxrl_sd import decoding, packing, sampler, sharding, update
 from jaxrl_sd.methods import METHODS
 from jaxrl_sd.methods.base import Method, Teacher
-from jaxrl_sd.model import Compute, ModelConfig, linear
+from jaxrl_sd.model import Compute, ModelConfig, head
 from jaxrl_sd.sampler import SamplingConfig
 from jaxrl_sd.start import possible_hints
 from jaxrl_sd.types import Batch, Hints, Problem, Rollouts
@@ -171,11 +171,12 @@ def products(config: ModelConfig, rows: int, tokens: int, compute: Compute):
     def multiply(params, x):
         def token(_, x):
             for layer in params["layers"]:
-                project = partial(linear, layer=layer, config=config)
+                project = partial(decoding.linear, layer=layer, config=config)
                 q, k, v = (project(x, name=name) for name in "qkv")
                 x = project(q + jnp.repeat(k + v, q.shape[1] // k.shape[1], axis=1), name="o")
                 x = project(project(x, name="gate") + project(x, name="up"), name="down")
-            logits = jax.lax.optimization_barrier(x @ params["head"])
+            logits = decoding.product(x, head(params, config))
+            logits = jax.lax.optimization_barrier(logits)
             return jnp.tanh(x + logits[:, : config.hidden_size])
 
         return jax.lax.fori_loop(0, tokens, token, x)
