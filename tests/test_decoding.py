@@ -122,6 +122,14 @@ def test_weights_cache_and_states_have_the_type_to_compute_in(params, rows, want
     np.testing.assert_allclose(first.astype(jnp.float32), want[:, 0, 0], rtol=0, atol=0.1)
 
 
+def test_a_tied_head_takes_no_memory_of_its_own(params):
+    prepared = decoding.unstack(params, CONFIG, PLAIN)
+    assert set(prepared) == {"embed", "layers", "final_norm"}
+    hidden = jax.random.normal(jax.random.key(2), (U, N, CONFIG.hidden_size))
+    got = decoding.logits(prepared, hidden, CONFIG, PLAIN)
+    np.testing.assert_allclose(got, model.logits(params, hidden, CONFIG), rtol=1e-5, atol=1e-5)
+
+
 def split(params, config, compute):
     """How `unstack` splits the decoder's weights, and their shapes."""
     placed = sharding.of_state(params, compute.mesh)
