@@ -1,8 +1,8 @@
 """The decoder token by token: prompts are run once, their keys and values shared by their samples.
 
 A slot holds one prompt and decodes it in a few lanes. Layers are a list here and unrolled: out of a
-stacked array XLA would copy each layer's weights and cache for every token. Their matrices have
-their outputs first, as products with few rows read them fastest.
+stacked array XLA would copy each layer's weights and cache for every token. The weights of LINEAR
+are [*outputs, *inputs] here, as products with few rows read them fastest; adapters stay as is.
 
 U slots, N lanes of a slot, S prompt tokens, C columns of the response cache, D hidden, Q query
 heads, K key-value heads, R = Q / K, H head size.
@@ -54,15 +54,15 @@ BY_UNITS = {
     "down": ("features", "units"),
     "down_a": ("units", "rank"),
 }
-FEW = 128  # rows up to which a CPU takes them as the second factor of a product
+FEW = 128  # rows, of all devices together: with more, that order of factors is no faster
 
 
 def _outputs_first(axes: Sequence, name: str) -> tuple:
-    """The axes of a weight of LINEAR, [*inputs, *outputs], as this module orders them."""
+    """The axes of a weight of LINEAR, [*inputs, *outputs] elsewhere, as this module has them."""
     return (*axes[LINEAR[name] :], *axes[: LINEAR[name]])
 
 
-PARAM_AXES = sharding.PARAM_AXES | {
+WEIGHT_AXES = sharding.PARAM_AXES | {
     name: (layer, *_outputs_first(axes, name))
     for name, (layer, *axes) in sharding.PARAM_AXES.items()
     if name in LINEAR
@@ -75,7 +75,7 @@ def columns_of(cache: Cache) -> int:
 
 
 def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
-    """Parameters as this module takes them: in `compute.dtype`, a list of layers."""
+    """Parameters as this module takes them: in `compute.dtype`, a list of layers, outputs first."""
     params, mesh = cast(params, compute.dtype), compute.mesh
     layers = [jax.tree.map(itemgetter(i), params["layers"]) for i in range(config.num_layers)]
     by_units = is_split("units", config.intermediate_size, mesh)
@@ -104,8 +104,8 @@ def product(x: Array, weight: Array, **options) -> Array:
     """x [M, inputs] times the transpose of weight [outputs, inputs]; options of `jnp.matmul`.
 
     XLA's products on CPUs rearrange their second factor every time. With few rows, rearranging the
-    weights would take up to a third of the time; so the rows are the second factor there, and the
-    barriers keep XLA from changing the order back.
+    weights would take up to a third of the time; so the rows are the second factor there. The outer
+    barrier keeps XLA from changing the order back, the inner one has it write the rows as columns.
     """
     multiply, barrier = partial(jnp.matmul, **options), jax.lax.optimization_barrier
     if len(x) > FEW:
@@ -138,7 +138,7 @@ def prefill(
 
     x, kept = place(embed(params, prompt, compute)), []
     for layer in params["layers"]:
-        layer = gather(layer, compute.mesh, PARAM_AXES)
+        layer = gather(layer, compute.mesh, WEIGHT_AXES)
         x, keys_values = block(x, layer, jnp.maximum(position, 0), attend, config, linear)
         x = place(x)
         kept.append(keys_values)

@@ -213,7 +213,12 @@ def add_terms(y: Array, x: Array, layer: Params, name: str, config: ModelConfig)
 
 
 def block(x: Array, layer: Params, positions: Array, attend, config: ModelConfig, linear=linear):
-    """One decoder layer. `attend(q, k, v) -> (values [..., Q, H], what the caller keeps)`."""
+    """One decoder layer, for callers that have their own attention or their own order of weights.
+
+    Args:
+      attend: (q, k, v) -> (values [..., Q, H], what the caller keeps).
+      linear: (x, layer, name, config) -> [..., *outputs], like the function of that name.
+    """
     norm = partial(rms_norm, eps=config.rms_norm_eps)
     project = partial(linear, layer=layer, config=config)
     theta, scaling = config.rope_theta, config.rope_scaling

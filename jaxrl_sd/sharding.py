@@ -146,7 +146,7 @@ def constrain(x: Array, axes: tuple[str, ...], mesh: Mesh | None) -> Array:
 def gather(layer: Any, mesh: Mesh | None, axes_of: Mapping = PARAM_AXES) -> Any:
     """The weights of one layer, each whole along its hidden side, for products with many tokens.
 
-    `axes_of` is their table of logical axes.
+    `axes_of` has their logical axes under their names, the axis of the stack of layers first.
 
     They are gathered once. Left alone, XLA for TPUs multiplies with one device's piece after the
     other's, and reads and writes the products of all tokens each time. Where 32 devices have a

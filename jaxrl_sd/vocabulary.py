@@ -40,7 +40,7 @@ def logits(hidden: Array, head: Array, num_tokens: int) -> Array:
 
 
 def float32_sums(dtype: jnp.dtype) -> dict[str, Any]:
-    """Options of a product of such factors, for sums of exact products in float32."""
+    """Options of a product whose factors have that type, for sums of exact products in float32."""
     # Accelerators round float32 factors to fewer bits unless told otherwise. bfloat16 has no more
     # bits to lose, and asking for them would slow it down many times.
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -204,7 +204,36 @@ def test_few_rows_are_the_second_factor_on_a_cpu_alone(rows, platform, shape):
     assert f"f32[{shape}]" in re.search(r".* dot\(.*", text)[0]
     if platform == "cpu":
         compiled = jax.jit(decoding.product).lower(*arguments).compile().as_text()
-        assert f"f32[{shape}]" in re.search(r".* dot\(.*", compiled)[0]
+        dot = re.search(r".* dot\(.*", compiled)[0]
+        assert f"f32[{shape}]" in dot
+        assert ("rhs_contracting_dims={0}" in dot) == (rows <= decoding.FEW)
+
+
+def test_a_token_has_its_rows_second_in_all_products_with_weights(params):
+    """On a CPU."""
+    decoder = Decoder(params, columns=T)
+    zeros = jnp.zeros((U, N), jnp.int32)
+
+    def step(params, cache):
+        hidden, _ = decoding.decode(params, zeros, zeros, LENGTH, cache, 0, CONFIG, PLAIN)
+        return decoding.logits(params, hidden, CONFIG, PLAIN)
+
+    text = jax.jit(step).lower(decoder.params, decoder.cache).compile().as_text()
+    shapes = re.findall(r"f32\[(\d+),(\d+)\]\S* dot\(", text)
+    assert len(shapes) == len(sharding.LINEAR) * CONFIG.num_layers + 1
+    assert {int(columns) for _, columns in shapes} == {U * N}
+
+
+def test_xla_finds_the_way_to_the_weights_of_a_prefill(capfd):
+    config = ModelConfig(256, 256, 64, 512, 1, 8, 4, 64, 1e4, 1e-6, True)
+    compute = Compute(mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2))
+    placed, params = split(abstract_params(config), config, compute)
+    prompt, length = jnp.zeros((4, 8), jnp.int32), jnp.full(4, 8)
+    prefill = partial(
+        decoding.prefill, prompt=prompt, prompt_length=length, config=config, compute=compute
+    )
+    jax.jit(prefill, in_shardings=(placed,)).lower(params).compile()
+    assert "full rematerialization" not in capfd.readouterr().err
 
 
 LOWER = """

@@ -99,7 +99,7 @@ def test_logp_is_the_trainers_and_behaviour_logp_that_of_the_draw(params, prompt
 
 def test_a_penalty_lowers_what_the_response_has(params, prompt):
     sampling = replace(PLAIN, temperature=0.7, top_k=5, presence_penalty=2.0)
-    # Key 0 draws a token whose logits move by 4e-6 when weights do by half a unit in last place.
+    # Key 0 draws a token of which rounding to float32 alone takes more than 1e-5.
     samples = draw(params, prompt, sampling, key=1)
     logits = exact_logits(params, prompt, samples.response)
     penalised = logits.copy()
