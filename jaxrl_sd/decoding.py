@@ -54,7 +54,7 @@ BY_UNITS = {
     "down": ("features", "units"),
     "down_a": ("units", "rank"),
 }
-FEW = 128  # rows, of all devices together: with more, that order of factors is no faster
+FEW = 128  # rows of all devices, up to which a CPU gains by taking them as the second factor
 
 
 def _outputs_first(axes: Sequence, name: str) -> tuple:
@@ -86,9 +86,12 @@ def unstack(params: Params, config: ModelConfig, compute: Compute) -> Params:
             names = [name for name in BY_UNITS if name in layer]  # in one order on all hosts
             layer.update((name, constrain(layer[name], BY_UNITS[name], mesh)) for name in names)
     # Sums over parts of the hidden side would exchange whole logits, too.
-    tables = {name: params[name] for name in ("embed", "head") if name in params}
-    tables = {name: constrain(x, ("ids", "features"), mesh) for name, x in tables.items()}
-    return {**params, **tables, "layers": layers}
+    params = params | {
+        name: constrain(params[name], ("ids", "features"), mesh)
+        for name in ("embed", "head")
+        if name in params
+    }
+    return params | {"layers": layers}
 
 
 def linear(x: Array, layer: Params, name: str, config: ModelConfig) -> Array:
