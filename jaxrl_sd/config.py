@@ -104,7 +104,7 @@ def default() -> ConfigDict:
     config.compute.tokens = 512  # of the student that a device computes at a time, see packing
     config.compute.chunk = 512  # of these, tokens whose logits exist at a time
     config.compute.dtype = "float32"  # or bfloat16: of weights and activations in forward passes
-    config.compute.remat = "none"  # what backward passes compute again, see model.REMAT
+    config.compute.remat = "dots"  # what backward passes compute again, see model.REMAT
 
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})  # devices along each axis
 

@@ -24,12 +24,15 @@ from jaxrl_sd import attention, rope, sharding, vocabulary
 from jaxrl_sd.sharding import LINEAR
 from jaxrl_sd.types import Array, Params, Stream
 
+_POLICIES = jax.checkpoint_policies
+_PROJECTIONS = _POLICIES.dots_with_no_batch_dims_saveable
+_ATTENTION = _POLICIES.save_only_these_names(attention.KEPT)
 # What the backward pass finds of a layer and need not compute again, beside the layer's input.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of projections
-    "attention": jax.checkpoint_policies.save_only_these_names(attention.KEPT),
-    "layer": jax.checkpoint_policies.nothing_saveable,
+    "none": _POLICIES.everything_saveable,
+    "dots": _POLICIES.save_from_both_policies(_PROJECTIONS, _ATTENTION),  # no product is repeated
+    "attention": _ATTENTION,
+    "layer": _POLICIES.nothing_saveable,
 }
 
 
@@ -74,7 +77,7 @@ class Compute:
     """How forward and backward passes are computed. Hashable."""
 
     dtype: str = "float32"  # of weights and activations; sums, statistics and gradients: float32
-    remat: str = "none"  # of REMAT
+    remat: str = "dots"  # of REMAT
     chunk: int = 4096  # tokens of a device whose logits exist at a time
     mesh: Mesh | None = None  # None is one device
 

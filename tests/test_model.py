@@ -126,6 +126,32 @@ def test_a_row_does_not_depend_on_its_batch_mates(params, rows):
         np.testing.assert_allclose(alone[0], want[p, 0], rtol=0, atol=1e-5)
 
 
+def test_remat_policies_change_what_is_computed_again_and_nothing_else(params):
+    """Products of the backward pass are counted, and exponentials, which attention computes."""
+    prompt, response = left_pad([[1, 2, 3]], S), np.array([[4, 5, 6, 7]], np.int32)
+
+    def gradient(policy):
+        def loss(params):
+            compute = model.Compute(remat=policy)
+            length = np.array([3], np.int32)
+            x = model.response_hidden(params, prompt, length, response, CONFIG, compute)
+            return (x**3).sum()
+
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
+        counts = np.array([jaxpr.count("dot_general"), jaxpr.count(" exp ")])
+        return jax.jit(jax.grad(loss))(params), counts
+
+    expected, at_least = gradient("none")
+    again = {}
+    for policy in set(model.REMAT) - {"none"}:
+        actual, counts = gradient(policy)
+        again[policy] = tuple(counts - at_least)
+        for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6 * abs(y).max())
+    # All projections but the last; with them, the forward pass of attention.
+    assert again == {"dots": (0, 0), "attention": (6, 0), "layer": (6 + 2, 2)}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_padding_of_the_vocabulary_gets_no_probability(params, rows, tied):
     config = dataclasses.replace(CONFIG, tie_embeddings=tied)

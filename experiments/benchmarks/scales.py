@@ -41,7 +41,7 @@ PAPER_HEAD = Head(151_936, 1024, 512, (1024, 16_384))
 CPU = Scale(
     model=SMALL,
     light=MEDIUM,
-    compute=Compute(dtype="float32", remat="none", chunk=4096),
+    compute=Compute(dtype="float32", remat="dots", chunk=4096),
     matmul=(1024, 2048, 4096),
     megabytes=256,
     head=PAPER_HEAD,
