@@ -30,7 +30,8 @@ _ATTENTION = _POLICIES.save_only_these_names(attention.KEPT)
 # What the backward pass finds of a layer and need not compute again, beside the layer's input.
 REMAT = {
     "none": _POLICIES.everything_saveable,
-    "dots": _POLICIES.save_from_both_policies(_PROJECTIONS, _ATTENTION),  # no product is repeated
+    # No product is repeated. On CPUs faster than "none", whose arrays take longer to keep.
+    "dots": _POLICIES.save_from_both_policies(_PROJECTIONS, _ATTENTION),
     "attention": _ATTENTION,
     "layer": _POLICIES.nothing_saveable,
 }

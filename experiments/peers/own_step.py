@@ -8,6 +8,7 @@ model, one update a batch, no evaluation and no checkpoint within the measured s
 """
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -38,8 +39,10 @@ def make_config(args) -> ConfigDict:
     r = c.rollout
     r.prompts, r.group_size = args.prompts, args.group_size
     r.max_prompt, r.max_response = args.prompt_tokens, args.response_tokens
+    c.mesh.data = math.gcd(args.devices, jax.device_count())
     # Everything at a time, as the peers have it.
-    c.compute.tokens = r.prompts * (r.max_prompt + r.group_size * r.max_response)
+    tokens = r.prompts * (r.max_prompt + r.group_size * r.max_response)
+    c.compute.tokens = tokens // c.mesh.data
     return c
 
 
@@ -59,6 +62,7 @@ def sampler(config: ConfigDict):
 
 def main():
     args = workload.flags(__doc__)
+    jax.config.update("jax_num_cpu_devices", args.devices)
     config = make_config(args)
     if args.sampling:
         seconds = workload.repeat(sampler(config), args)

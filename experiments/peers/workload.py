@@ -31,6 +31,7 @@ def flags(description: str) -> argparse.Namespace:
     parser.add_argument("--group_size", type=int, default=8, help="samples a prompt")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--response_tokens", type=int, default=64)
+    parser.add_argument("--devices", type=int, default=1, help="that this package makes of a CPU")
     parser.add_argument("--sampling", action="store_true", help="sampling alone, no training")
     parser.add_argument("--warmup", type=int, default=1, help="repetitions that do not count")
     parser.add_argument("--repetitions", type=int, default=2)
