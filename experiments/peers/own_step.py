@@ -4,7 +4,8 @@
 
 Timed: a step of `jaxrl_sd.train.train` (see workload.py), which scores every batch before it trains
 on it, or, with --sampling, `train.sample` and the decoding of its texts. float32, no reference
-model, one update a batch, no evaluation and no checkpoint within the measured steps.
+model, one update a batch, no evaluation and no checkpoint within the measured steps. --devices
+share the CPU and split the batch.
 """
 
 import json
