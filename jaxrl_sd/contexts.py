@@ -241,7 +241,7 @@ def write(
     width: int,
     exchanged: bool = False,
 ) -> tuple[dict[str, Hints], dict[str, float]]:
-    """Prompts of every teacher for every row.
+    """Prompts of every teacher for every row, empty where it is silent.
 
     Args:
       contexts: by teacher name.
@@ -265,19 +265,17 @@ def write(
         if exchanged:
             written = exchange(written)
         for problem, of_group in zip(problems, written, strict=True):
-            rendered = {}  # samples of a group are often shown the same
+            rendered = {None: ((), False)}  # samples of a group are often shown the same
             for hint in of_group:
-                shown.append(hint is not None)
-                hint = hint or Hint("nothing")
-                source.append(hint.source)
-                what = hint.template, *sorted(hint.slots.items())
+                what = hint and (hint.template, *sorted(hint.slots.items()))
                 if what not in rendered:
-                    template = templates[hint.template]
                     rendered[what] = tokens.render_within(
-                        tokenizer, template, problem, hint.slots, width
+                        tokenizer, templates[hint.template], problem, hint.slots, width
                     )
                 prompt, cut = rendered[what]
                 prompts.append(prompt)
+                shown.append(hint is not None)
+                source.append(-1 if hint is None else hint.source)
                 num_cut += cut
         padded, lengths = tokens.left_pad(prompts, width, tokenizer.pad_token_id)
         hints[name] = Hints(

@@ -3,12 +3,15 @@
 A micro-batch is one stream on each device, filled with whole rows: each prompt once, however many
 responses to it there are, and the responses back to back. How many micro-batches an update has
 follows from its lengths. They have one shape, out of a few, for which everything is compiled once.
-Student and teachers read the same rows, each after its own prompts. Host code, on numpy arrays.
+Student and teachers read the same rows, each after its own prompts; a row for which a teacher has
+no prompt takes no room in its stream. Host code, on numpy arrays.
 
 B rows, N tokens of a stream, C prefix keys, M response tokens, W rows of a stream, R streams,
 K prompts of a stream, each once.
 """
 
+import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -180,7 +183,7 @@ def _lengths(mask_t: np.ndarray) -> np.ndarray:
 
 
 def _read(shown: Rollouts | Hints) -> list[bytes]:
-    """Every row's prompt without padding; as bytes, so that equal ones are found."""
+    """Every row's prompt without padding, b"" for none; as bytes, so that equal ones are found."""
     prompt, length = np.asarray(shown.prompt, np.int32), np.asarray(shown.prompt_length)
     width = prompt.shape[1]
     return [row[width - n :].tobytes() for row, n in zip(prompt, length, strict=True)]
@@ -204,35 +207,34 @@ def assign(
     Raises:
       ValueError: a row does not fit into an empty stream.
     """
-    rows, bins = list(rows), []
-    names, room = list(sizes.streams), sizes.room()
-    free = np.tile(room, (len(rows), 1))  # [streams, resources]
-    holders = {name: defaultdict(list) for name in names}  # streams that have a prompt
-    for row in _largest_first(prompts[STUDENT], length, rows):
-        n, own = length[row], {name: prompts[name][row] for name in names}
-        widths = {name: len(prompt) // 4 for name, prompt in own.items()}
-        need = np.array(
-            [x for name in names for x in (widths[name] + n - 1, widths[name])] + [n, 1]
-        )
+    names, room, length = list(sizes.streams), sizes.room().tolist(), length.tolist()
+    bins, free = [], [room.copy()]  # an empty stream is behind those that are used
+    holders = defaultdict(list)  # streams that have a prompt, by model and prompt
+    for row in _largest_first(prompts[STUDENT], length, list(rows)):
+        own = [(i, prompts[name][row]) for i, name in enumerate(names) if prompts[name][row]]
+        need = [0] * 2 * len(names) + [length[row], 1]
+        for i, prompt in own:
+            width = len(prompt) // 4
+            need[2 * i : 2 * i + 2] = width + length[row] - 1, width
         needs = {}  # of the streams that have a prompt of the row
-        for i, name in enumerate(names):
-            for j in holders[name][own[name]]:
-                needs.setdefault(j, need.copy())[2 * i] -= widths[name]
-        shared = [j for j in needs if (free[j] >= needs[j]).all()]
-        if shared:
-            j = shared[0]
+        for i, prompt in own:
+            for j in holders[i, prompt]:
+                needs.setdefault(j, need.copy())[2 * i] -= len(prompt) // 4
+        for j in itertools.chain(needs, range(len(free))):
+            if all(map(operator.le, needs.get(j, need), free[j])):
+                break
         else:
-            j = int((free[: len(bins) + 1] >= need).all(axis=1).argmax())
-            if (free[j] < need).any():
-                raise ValueError(f"row {row}: needs {need.tolist()}, a stream has {room.tolist()}")
+            raise ValueError(f"row {row}: needs {need}, a stream has {room}")
         if j == len(bins):
             bins.append([])
+            free.append(room.copy())
         bins[j].append(row)
-        free[j] -= needs.get(j, need)
-        for name in names:
-            if j not in holders[name][own[name]]:
-                holders[name][own[name]].append(j)
-    return bins, room - free[: len(bins)]
+        free[j] = [*map(operator.sub, free[j], needs.get(j, need))]
+        for key in own:
+            if j not in holders[key]:
+                holders[key].append(j)
+    used = np.array(room) - np.array(free[: len(bins)], int).reshape(-1, len(room))
+    return bins, used
 
 
 def _largest_first(prompts: Sequence[bytes], length: np.ndarray, rows: list[int]) -> list[int]:
@@ -269,16 +271,17 @@ def _read_by(
 ) -> Stream:
     """A model's stream, without the leading axis R."""
     (N, C), W = size, len(prompts)
+    read = np.array([len(prompt) > 0 for prompt in prompts], bool)
     number = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
     of_row, K = np.array([number[prompt] for prompt in prompts], int), len(number)
     ids = [np.frombuffer(prompt, np.int32) for prompt in number]
-    ids += [row[: n - 1] for row, n in zip(response, length, strict=True)]
+    ids += [row[:n] for row, n in zip(response, np.where(read, length - 1, 0), strict=True)]
     sizes = np.array([len(x) for x in ids], int)
     start, at = sizes.cumsum() - sizes, sizes.sum()
     p = sizes[of_row]  # of each row's prompt
     token, position, segment = np.zeros((3, N), np.int32)
     prefix, prefix_segment = np.zeros(C, np.int32), np.full(C, NO_SEGMENT, np.int32)
-    predictor = np.zeros(M, np.int32)
+    predictor = np.full(M, N, np.int32)
     token[:at] = np.concatenate([token[:0], *ids])  # there may be no row
     position[:at] = _counting(np.append(np.zeros(K, int), p), sizes)
     segment[:at] = np.arange(K + W).repeat(sizes)
@@ -287,8 +290,9 @@ def _read_by(
     prefix[: p.sum()] = _counting(start[of_row], p)
     prefix_segment[: p.sum()] = (K + np.arange(W)).repeat(p)
     # The prompt's end predicts the first token, and each token the next; nothing is after the last.
-    predictor[: length.sum()] = _counting(start[K:] - 1, length)
-    predictor[length.cumsum() - length] = start[of_row] + p - 1
+    places = _counting(start[K:] - 1, length)
+    places[length.cumsum() - length] = start[of_row] + p - 1
+    predictor[: len(places)] = np.where(read.repeat(length), places, N)
     return Stream(token, position, segment, prefix, prefix_segment, predictor, np.int32(at))
 
 

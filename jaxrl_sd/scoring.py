@@ -35,7 +35,8 @@ def token_stats(
       temperature: divides the logits of student and teachers, as in sampling.
 
     Returns:
-      {name: f32[R, M]}, 0 (and no gradient) from `part.count` on.
+      {name: f32[R, M]}, 0 (and no gradient) from `part.count` on and where the statistic's teacher
+      does not read the row.
     """
     names = sorted({teacher for teacher, _ in requests.values() if teacher is not None})
     # The one place where teachers are cut off from the gradient.
@@ -44,7 +45,7 @@ def token_stats(
     def hidden(name):
         stream = part.streams[name]
         h = model.hidden(owners[name], stream, configs[name], compute)
-        return jnp.take_along_axis(h, stream.predictor[..., None], axis=1)
+        return jnp.take_along_axis(h, stream.predictor[..., None], axis=1, mode="clip")
 
     hiddens = {name: hidden(name) for name in owners}
     heads = {name: model.head(owners[name], configs[name]) for name in owners}
@@ -55,13 +56,23 @@ def token_stats(
     }
     if compute.mesh is not None:
         streams = part.token, part.count
-        return vocabulary.chunked_streams(
+        out = vocabulary.chunked_streams(
             requests, hiddens, heads, *streams, mesh=compute.mesh, **settings
         )
-    (token,), (count,) = part.token, part.count
-    hiddens = {name: h[0] for name, h in hiddens.items()}
-    out = vocabulary.chunked(requests, hiddens, heads, token, count=count, **settings)
-    return {name: x[None] for name, x in out.items()}
+    else:
+        (token,), (count,) = part.token, part.count
+        hiddens = {name: h[0] for name, h in hiddens.items()}
+        out = vocabulary.chunked(requests, hiddens, heads, token, count=count, **settings)
+        out = {name: x[None] for name, x in out.items()}
+    return {name: _where_read(x, part, requests[name][0]) for name, x in out.items()}
+
+
+def _where_read(x: Array, part: Part, teacher: str | None) -> Array:
+    """Statistics [R, M], 0 for tokens of rows that the teacher does not read."""
+    if teacher is None:
+        return x
+    stream = part.streams[teacher]
+    return jnp.where(stream.predictor < stream.token.shape[1], x, 0.0)
 
 
 def by_row(x: Array, part: Part, num_tokens: int) -> Array:

@@ -79,7 +79,7 @@ class Hints:
     """What one teacher is shown: its own prompt for the same responses."""
 
     prompt: Array  # i32[B, S'], left-padded
-    prompt_length: Array  # i32[B]
+    prompt_length: Array  # i32[B], 0 where this teacher is silent: it does not read the row
     shown: Array  # f32[B], 0 where this teacher is silent
     source: Array  # i32[B], the row whose response is shown, -1 where none is
 
@@ -116,7 +116,7 @@ class Stream:
     segment: Array  # i32[R, N], non-decreasing
     prefix: Array  # i32[R, C], places in the stream of the prompts' keys, once for each response
     prefix_segment: Array  # i32[R, C], of the response that sees the key, non-decreasing
-    predictor: Array  # i32[R, M], the place whose hidden state predicts response token m
+    predictor: Array  # i32[R, M], the place whose hidden state predicts token m, N where none does
     count: Array  # i32[R], tokens before the padding
 
 

@@ -350,18 +350,15 @@ def test_a_sibling_is_correct_and_another_row_drawn_uniformly(verdicts):
 
 
 def test_rows_without_a_sibling_are_silent(tokenizer):
-    """Their prompt is the student's; the source is the row in the batch, not in the group."""
+    """They have no prompt; the source is the row in the batch, not in the group."""
     groups = [group("100"), group("010"), group("000")]
     hints, metrics = write(tokenizer, contexts.verified_sibling(), groups)
     np.testing.assert_array_equal(hints.shown, [0, 1, 1, 1, 0, 1, 0, 0, 0])
     np.testing.assert_array_equal(hints.source, [-1, 0, 0, 4, -1, 4, -1, -1, -1])
     assert metrics == {"context/t/shown": pytest.approx(4 / 9), "context/t/cut": 0}
-    plain, _ = write(tokenizer, contexts.nothing(), groups)
+    np.testing.assert_array_equal(hints.prompt_length > 0, hints.shown)
     for row in range(9):
-        text = shown_text(tokenizer, hints, row)
-        assert ("response" in text) == (hints.shown[row] == 1)
-        if not hints.shown[row]:
-            assert text == shown_text(tokenizer, plain, row)
+        assert ("response" in shown_text(tokenizer, hints, row)) == (hints.shown[row] == 1)
 
 
 def test_a_seed_fixes_the_draws(tokenizer):
@@ -392,7 +389,7 @@ def test_the_teacher_scores_the_very_ids_that_were_sampled(tokenizer):
     response = rng.integers(V, size=(4, T)).astype(np.int32)
     again = tokenizer(tokenizer.decode(response[0]), add_special_tokens=False)["input_ids"]
     assert again != response[0].tolist()
-    groups = [group("11"), group("01")]
+    groups = [group("11"), group("11")]
     templates = dict(TEMPLATES, peer=Template(user="{problem}", system="Hint: {peer}"))
     hints, _ = write(tokenizer, contexts.verified_sibling(), groups, 60, templates)
     mask_t = (np.arange(T) < np.array(lengths)[:, None]).astype(np.float32)
@@ -407,8 +404,7 @@ def test_the_teacher_scores_the_very_ids_that_were_sampled(tokenizer):
     )(params)
     for i, n in enumerate(lengths):
         slots = {"problem": PROBLEM.prompt, "peer": f"response {hints.source[i] % 2}"}
-        template = templates["peer" if hints.shown[i] else "nothing"]
-        prompt = tokens.render(tokenizer, template, slots)
+        prompt = tokens.render(tokenizer, templates["peer"], slots)
         logits = oracles.response_logits(params, prompt, response[i, :n].tolist(), config)
         want = [oracles.log_softmax(z)[id] for z, id in zip(logits, response[i], strict=False)]
         np.testing.assert_allclose(got["logp"][i, :n], want, atol=1e-4)

@@ -82,6 +82,36 @@ def test_every_token_is_predicted_from_all_before_it(seed, streams):
     np.testing.assert_array_equal(found, batch.rollouts.mask_t)
 
 
+def test_a_teacher_reads_no_row_for_which_it_has_no_prompt():
+    batch, prompts, responses = draw(6, lengths=[T] * P * G)
+    hints, silent = batch.hints["teacher"], np.arange(P * G) % 4 == 1
+    hints = hints.replace(prompt_length=np.where(silent, 0, hints.prompt_length))
+    parts = packing.pack(batch.replace(hints={"teacher": hints}), sizes_of(), 2, range(P * G))
+    rows = np.concatenate([part.rows[part.rows < P * G] for part in parts])
+    assert sorted(rows) == list(range(P * G))
+    for part in parts:
+        stream = part.streams["teacher"]
+        for r, m in zip(*np.nonzero(part.token), strict=True):
+            row, t = part.rows[r, part.row[r, m]], part.t[r, m]
+            place = stream.predictor[r, m]
+            assert (place == stream.token.shape[1]) == silent[row]
+            if not silent[row]:
+                assert seen_by(stream, r, place) == prompts["teacher"][row] + responses[row][:t]
+    read = [row for row in range(P * G) if not silent[row]]
+    tokens = sum(len(prompts["teacher"][row]) + len(responses[row]) - 1 for row in read)
+    assert sum(part.streams["teacher"].count.sum() for part in parts) == tokens
+
+
+def test_rows_that_a_teacher_does_not_read_are_not_gathered():
+    """They share no prompt; where one goes says nothing about the others."""
+    prompts, length, rows = rows_of([100, 95, 60], range(3))
+    prompts |= {"teacher": [np.zeros(10, np.int32).tobytes(), b"", b""]}
+    sizes = Sizes({STUDENT: Size(200, 40), "teacher": Size(128, 128)}, 200, 8)
+    bins, used = packing.assign(prompts, length, sizes, rows)
+    assert bins == [[0, 2], [1]]
+    np.testing.assert_array_equal(used[:, 2:4], [[109, 10], [0, 0]])
+
+
 def test_what_attention_asks_of_segments():
     batch, *_ = draw(0)
     for part in packing.pack(batch, sizes_of(), 2, range(P * G)):

@@ -245,6 +245,27 @@ def test_nan_behind_the_mask_reaches_no_gradient(monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, (out, gradient), (want, want_gradient))
 
 
+def test_where_a_teacher_is_silent_its_statistics_are_0_without_a_gradient(monkeypatch):
+    batch, silent = draw_batch(), [1, 4]
+    lengths = batch.hints["teacher"].prompt_length.copy()
+    lengths[silent] = 0
+    hints = {**batch.hints, "teacher": batch.hints["teacher"].replace(prompt_length=lengths)}
+    part = in_one(batch.replace(hints=hints))
+    got, gradient, _ = score(batch.replace(hints=hints))
+    assert (part.streams["teacher"].count < in_one(batch).streams["teacher"].count).all()
+    for name in ("gap", "reverse"):
+        weight_t = WEIGHT_T[name].copy()
+        weight_t[silent] = 0
+        monkeypatch.setitem(WEIGHT_T, name, weight_t)
+    args = PARAMS[True], teachers(), batch, in_one(batch), TEMPERATURE
+    (_, out), (want_gradient, _) = scorer.__wrapped__(7)(*args)  # compiled anew
+    for name in ("gap", "reverse"):
+        assert jnp.abs(out[name][jnp.array(silent)]).max() > 0.01
+        out[name] = out[name].at[jnp.array(silent)].set(0)
+    assert_trees_close(got, out, rtol=0, atol=1e-5)
+    assert_trees_close(gradient, want_gradient, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("t", [0, RESPONSE[0] - 1])
 def test_a_token_is_predicted_before_it_is_seen(t):
     """Another token at t changes its own log-probability and everything after, no more."""
