@@ -22,6 +22,7 @@ from jaxrl_sd.types import Array
 
 MASKED = -1e30  # finite, so that 0 * (MASKED - MASKED) is 0 and not NaN
 STUDENT = ""  # its key beside those of the teachers
+CPU_LOGITS = 2**21  # of a model, whose statistics are computed at a time: what a CPU's caches hold
 
 
 def logits(hidden: Array, head: Array, num_tokens: int) -> Array:
@@ -103,7 +104,7 @@ def chunked(
     _check(heads, num_tokens, chunk)
     N = len(token)
     count = jnp.asarray(N if count is None else count, jnp.int32)
-    plan = _Plan(dict(requests), num_tokens, min(chunk, N))
+    plan = _plan(requests, heads, num_tokens, min(chunk, N), jax.default_backend())
     temperature = jnp.asarray(temperature, jnp.float32)
     inputs = _Inputs(dict(hidden), _cut(heads), token, temperature, count, _chunks(count, plan))
     return _of_any_length(plan, inputs)
@@ -144,7 +145,8 @@ def chunked_streams(
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
     if R != groups:
         raise ValueError(f"token: expected {groups} streams, one for each data and fsdp, got {R}")
-    plan = _Plan(dict(requests), num_tokens, min(chunk, N))
+    platform = mesh.devices.flat[0].platform
+    plan = _plan(requests, heads, num_tokens, min(chunk, N), platform)
 
     def of_stream(hidden, heads, token, temperature, count, chunks):
         hidden = {name: x[0] for name, x in hidden.items()}
@@ -193,7 +195,24 @@ class _Plan:
 
     requests: dict[str, tuple[str | None, TokenStat]]
     num_tokens: int
-    chunk: int
+    chunk: int  # tokens whose logits exist at a time
+    rows: int  # of them, whose statistics are computed at a time; divides `chunk`
+
+
+def _plan(
+    requests: Mapping[str, tuple[str | None, TokenStat]],
+    heads: Mapping[str, Array],
+    num_tokens: int,
+    chunk: int,
+    platform: str,
+) -> _Plan:
+    rows = chunk
+    if platform == "cpu":
+        # XLA for CPUs writes what statistics have in common, exponentials for instance, to arrays
+        # as large as the logits, which take longer to get from the system than to fill.
+        most = max(CPU_LOGITS // min(len(head) for head in heads.values()), 1)
+        rows = next(n for n in range(min(most, chunk), 0, -1) if chunk % n == 0)
+    return _Plan(dict(requests), num_tokens, chunk, rows)
 
 
 class _Inputs(NamedTuple):
@@ -258,13 +277,54 @@ def _statistics(
     plan: _Plan, names: Iterable[str], part: _Part, products: dict[str, Array]
 ) -> dict[str, Array]:
     """Those of `names`, {name: f32[n]}, 0 where not real."""
-    z = {name: mask(x, plan.num_tokens) / part.temperature for name, x in products.items()}
+    of_rows = partial(_of_rows, plan, names, part.temperature)
+    return _by_rows(plan.rows, of_rows, part.token, part.real, products)
+
+
+def _to_products(
+    plan: _Plan,
+    part: _Part,
+    products: dict[str, Array],
+    wanted: Iterable[str],
+    cotangents: dict[str, Array],
+) -> dict[str, Array]:
+    """Gradients f32[n, V] of the products that are wanted, from those f32[n] of statistics."""
+
+    def of_rows(token, real, products, cotangents):
+        def statistics(of_wanted):
+            every = products | of_wanted
+            return _of_rows(plan, cotangents, part.temperature, token, real, every)
+
+        _, vjp = jax.vjp(statistics, {name: products[name] for name in wanted})
+        return vjp(cotangents)[0]
+
+    return _by_rows(plan.rows, of_rows, part.token, part.real, products, cotangents)
+
+
+def _of_rows(
+    plan: _Plan,
+    names: Iterable[str],
+    temperature: Array,
+    token: Array,
+    real: Array,
+    products: dict[str, Array],
+) -> dict[str, Array]:
+    z = {name: mask(x, plan.num_tokens) / temperature for name, x in products.items()}
     out = {}
     for name in names:
         teacher, statistic = plan.requests[name]
-        values = statistic(z[STUDENT], None if teacher is None else z[teacher], part.token)
-        out[name] = jnp.where(part.real, values, 0.0)
+        values = statistic(z[STUDENT], None if teacher is None else z[teacher], token)
+        out[name] = jnp.where(real, values, 0.0)
     return out
+
+
+def _by_rows(rows: int, function: Callable, *arrays: Any) -> Any:
+    """`function` of trees of arrays [n, ...], so many rows at a time."""
+    if rows == len(arrays[0]):
+        return function(*arrays)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
+    out = jax.lax.map(lambda block: function(*block), blocks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
 def _loop(plan: _Plan, x: _Inputs, body: Callable, init: Any) -> Any:
@@ -307,11 +367,8 @@ def _backward(plan, kept, cotangents):
         part = _part(plan, x, i)
         z = _products(part) if kept_z is None else kept_z
 
-        def statistics(z_wanted):
-            return _statistics(plan, cotangents, part, z | z_wanted)
-
-        _, vjp = jax.vjp(statistics, {name: z[name] for name in of_hidden | of_heads})
-        (to_z,) = vjp({name: _take(ct, i, plan.chunk) for name, ct in cotangents.items()})
+        of_chunk = {name: _take(ct, i, plan.chunk) for name, ct in cotangents.items()}
+        to_z = _to_products(plan, part, z, of_hidden | of_heads, of_chunk)
         for name in of_hidden:
             g = _to_hidden(to_z[name], part.heads[name])
             to_hidden = to_hidden | {name: _put(to_hidden[name], g, i)}

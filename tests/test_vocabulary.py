@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_sd import hlo, stats
+from jaxrl_sd import hlo, stats, vocabulary
 from jaxrl_sd.sharding import make_mesh, of_state
 from jaxrl_sd.vocabulary import MASKED, STUDENT, chunked, chunked_streams, logits
 
@@ -266,6 +266,16 @@ def test_the_chunk_does_not_matter(chunk):
     assert_close(evaluate(*small(), chunk=chunk), evaluate(*small(), chunk=3))
 
 
+@pytest.mark.parametrize("chunk", [4, 99])
+def test_how_many_rows_at_a_time_does_not_matter(chunk, monkeypatch):
+    """10 tokens, in chunks of 4 or as one: two rows of statistics at a time."""
+    want = evaluate(*small(), chunk=chunk, requests=REQUESTS | TOP_K)
+    monkeypatch.setattr(vocabulary, "CPU_LOGITS", 3 * 1003)
+    run = evaluator.__wrapped__(chunk, tuple((REQUESTS | TOP_K).items()))  # compiled anew
+    (_, out), gradients = run(*small(), 1.0)
+    assert_close((out, *gradients), want)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_padding_has_no_probability_and_no_gradient(dtype):
     hidden, heads, token = small(dtype=dtype)
@@ -431,7 +441,7 @@ def test_chunks_behind_the_count_are_not_computed(count, chunks):
 # What runs on the devices.
 
 
-def lower(n, dtype, chunk, argnums=(0, 1), stat=stats.forward_kl, V=4096, D=64):
+def lower(n, dtype, chunk, argnums=(0, 1), stat=stats.forward_kl, V=4096, D=64, of=jax.grad):
     """The program for the gradients of a statistic to hidden states and heads."""
 
     def total(hidden, head, hidden_teacher, head_teacher, token):
@@ -442,7 +452,7 @@ def lower(n, dtype, chunk, argnums=(0, 1), stat=stats.forward_kl, V=4096, D=64):
 
     hidden, head = jax.ShapeDtypeStruct((n, D), dtype), jax.ShapeDtypeStruct((V, D), dtype)
     token = jax.ShapeDtypeStruct((n,), jnp.int32)
-    gradient = jax.jit(jax.grad(total, argnums=argnums))
+    gradient = jax.jit(of(total, argnums=argnums))
     return gradient.lower(hidden, head, hidden, head, token)
 
 
@@ -469,6 +479,15 @@ def test_memory_is_that_of_the_heads_gradient_and_two_chunks():
     few, many = temporary(1024), temporary(16384)
     assert many < 1.5 * (4 * V * D + 2 * 4 * chunk * V)
     assert many - few < 1.01 * 2 * 4 * (16384 - 1024) * D
+
+
+@pytest.mark.parametrize("stat", [stats.forward_kl, stats.reverse_kl, stats.generalized_jsd(0.5)])
+def test_cpus_keep_no_more_of_a_single_chunk_than_logits_and_their_gradient(stat):
+    """Of student and teacher: three arrays. All rows at a time there are 5, 4 and 12."""
+    n, V = 1024, 32_768
+    program = lower(n, jnp.float32, n, stat=stat, V=V, of=jax.value_and_grad)
+    memory = program.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 3.5 * 4 * n * V
 
 
 def products(dtype, chunk=16, **options):
@@ -575,8 +594,8 @@ def on(mesh, hidden, heads, token, count):
 
 
 @pytest.mark.parametrize("rows", [1008, 1003])
-def test_streams_on_a_mesh_equal_those_of_one_device(rows):
-    """Vocabularies that the devices can share, and that they cannot."""
+def test_streams_on_a_mesh_equal_those_of_one_device(rows, monkeypatch):
+    """Vocabularies that the devices can share, and that they cannot; two rows at a time."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     hidden = {name: 2 * draw(4, 10, 16) for name in (STUDENT, "teacher")}
     heads = {STUDENT: draw(rows, 16), "teacher": draw(rows + 8, 16)}
@@ -584,6 +603,7 @@ def test_streams_on_a_mesh_equal_those_of_one_device(rows):
     arrays = hidden, heads, token, jnp.array([10, 4, 0, 7], jnp.int32)
     requests = {name: ALL[name] for name in ALL if "0.1" not in name and "0.9" not in name}
     want = one_by_one(requests, NUM_TOKENS, 4, *arrays)
+    monkeypatch.setattr(vocabulary, "CPU_LOGITS", 2 * rows)
     shardings, arrays = on(mesh, *arrays)
     got = stream_program(mesh, requests, NUM_TOKENS, chunk=4)(*jax.device_put(arrays, shardings))
     assert_close(got, want)
