@@ -425,7 +425,7 @@ def check_writable(folder: Path) -> None:
 def templates(config: ConfigDict) -> dict[str, Template]:
     """The default templates with those of the configuration in their place.
 
-    Only "nothing" is a prompt of the student's; teachers that are shown nothing have it too.
+    Only "nothing" is a prompt of the student's; teachers of the context `nothing` have it too.
     """
     own = {name: Template(**fields) for name, fields in config.templates.items()}
     return {

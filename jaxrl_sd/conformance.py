@@ -153,7 +153,7 @@ def batch_of(case: Case, method: Method, garbage: float = 0.0) -> Batch:
 
     def hints(of: Shown) -> Hints:
         shown, source = jnp.asarray(of.shown, jnp.float32), jnp.asarray(of.source, jnp.int32)
-        return Hints(nothing, ones, shown, source)
+        return Hints(nothing, jnp.asarray(of.shown, jnp.int32), shown, source)
 
     return Batch(rollouts, {name: hints(case.shown[name]) for name in method.teachers})
 
@@ -174,14 +174,13 @@ def compiled(method: Method) -> Compiled:
     @partial(jax.jit, static_argnames="num_parts")
     def run(student, old, teachers, batch, step, garbage, num_parts) -> Outcome:
         def measure(requests, student):
-            measured = {
-                name: statistic(student, teachers.get(teacher), batch.rollouts.response)
-                for name, (teacher, statistic) in requests.items()
-            }
-            return {
-                name: jnp.where(batch.rollouts.mask_t != 0, x, garbage)
-                for name, x in measured.items()
-            }
+            def of(teacher, statistic):
+                x = statistic(student, teachers.get(teacher), batch.rollouts.response)
+                if teacher is not None:
+                    x = jnp.where(batch.hints[teacher].shown[:, None] != 0, x, 0.0)
+                return jnp.where(batch.rollouts.mask_t != 0, x, garbage)
+
+            return {name: of(*request) for name, request in requests.items()}
 
         scores = measure({**ALWAYS_SCORED, **method.score}, old)
         credited, metrics = steps.credit(batch.replace(scores=scores), step)

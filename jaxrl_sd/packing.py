@@ -237,10 +237,10 @@ def assign(
     return bins, used
 
 
-def _largest_first(prompts: Sequence[bytes], length: np.ndarray, rows: list[int]) -> list[int]:
+def _largest_first(prompts: Sequence[bytes], length: Sequence[int], rows: list[int]) -> list[int]:
     total = defaultdict(int)
     for row in rows:
-        total[prompts[row]] += int(length[row])
+        total[prompts[row]] += length[row]
     return sorted(rows, key=lambda row: (-total[prompts[row]], prompts[row], -length[row]))
 
 

@@ -14,11 +14,12 @@ of the batch as it was trained on, in nats where they are of log-probabilities:
     shown                         {teacher: the prompt that it read}, None where it was silent
     divergence, reference_kl      [n], where the method has such a probe
 
-What was not computed is None: tokens of a row that does not train are not scored.
+What was not computed is None: a row that does not train is not scored, and a silent teacher does
+not read its row.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,17 @@ def of_group(
     of_scores = {"logp": scores["old_logp"], "entropy": scores["entropy"], **probes}
     row_advantage = np.asarray(advantage(group))
     trained = rollouts.mask_t.any(axis=1)
+    teacher_of = {name: teacher for name, (teacher, _) in run.method.probe.items()}
+
+    def known(i: int, teacher: str | None) -> bool:
+        """Whether the row's statistics were computed, those with the teacher's if there is one."""
+        return bool(trained[i] and (teacher is None or group.hints[teacher].shown[i]))
 
     def record(i: int, sample: Sample) -> Record:
         n = len(sample.ids)
 
-        def scored(values: Mapping[str, np.ndarray]) -> dict[str, list[float] | None]:
-            return {name: x[i, :n].tolist() if trained[i] else None for name, x in values.items()}
+        def of_row(x: np.ndarray, teacher: str | None) -> list[float] | None:
+            return x[i, :n].tolist() if known(i, teacher) else None
 
         return {
             "method": run.config.method.name,
@@ -93,8 +99,8 @@ def of_group(
             "reward": None if sample.correct is None else float(rollouts.reward[i]),
             "advantage_of_row": float(row_advantage[i]),
             **{name: x[i, :n].tolist() for name, x in of_credit.items()},
-            **scored(of_scores),
-            "gap": scored(gaps),
+            **{name: of_row(x, teacher_of.get(name)) for name, x in of_scores.items()},
+            "gap": {teacher: of_row(x, teacher) for teacher, x in gaps.items()},
             "shown": {name: _shown(run.tokenizer, h, i) for name, h in group.hints.items()},
         }
 

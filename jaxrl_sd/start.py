@@ -348,8 +348,8 @@ def possible_hints(problem: Problem, context: contexts.Context) -> list[contexts
     for group in verdicts:
         samples = [Sample((), "", correct, False, feedback="wrong") for correct in group]
         for hint in context.write(problem, samples, np.random.default_rng(0)):
-            hint = hint or contexts.Hint("nothing")
-            found[hint.template] = hint
+            if hint is not None:
+                found[hint.template] = hint
     return list(found.values())
 
 

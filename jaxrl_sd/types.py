@@ -98,7 +98,8 @@ class Batch:
 
     rollouts: Rollouts
     hints: dict[str, Hints]
-    scores: dict[str, Array] | None = None  # {name: f32[B, T]}, no gradient, 0 where masked
+    # {name: f32[B, T]}, no gradient, 0 where masked and where the statistic's teacher is silent
+    scores: dict[str, Array] | None = None
     credit: Credit | None = None
     weight_t: Array | None = None  # f32[B, T], loss = sum(loss_t * weight_t)
 

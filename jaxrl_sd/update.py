@@ -25,7 +25,7 @@ from jaxrl_sd.vocabulary import STUDENT
 ALWAYS_SCORED = {"old_logp": (None, stats.log_prob), "entropy": (None, stats.entropy)}
 ALWAYS_PROBED = {"logp": (None, stats.log_prob)}
 
-Scores = dict[str, Array]  # f32[B, T], 0 where nothing trains
+Scores = dict[str, Array]  # f32[B, T], 0 where nothing trains or the teacher is silent
 
 
 @flax.struct.dataclass

@@ -22,7 +22,7 @@ from jaxrl_sd.types import Array
 
 MASKED = -1e30  # finite, so that 0 * (MASKED - MASKED) is 0 and not NaN
 STUDENT = ""  # its key beside those of the teachers
-CPU_LOGITS = 2**21  # of a model, whose statistics are computed at a time: what a CPU's caches hold
+CPU_LOGITS = 2**21  # of each model: those whose statistics CPUs compute at a time
 
 
 def logits(hidden: Array, head: Array, num_tokens: int) -> Array:
@@ -180,8 +180,11 @@ def _check(heads: Mapping[str, Array], num_tokens: int, chunk: int) -> None:
 
 def _cut(heads: Mapping[str, Array]) -> dict[str, Array]:
     """All heads with the rows of the smallest."""
-    rows = min(len(head) for head in heads.values())
-    return {name: head[:rows] for name, head in heads.items()}
+    return {name: head[: _num_rows(heads)] for name, head in heads.items()}
+
+
+def _num_rows(heads: Mapping[str, Array]) -> int:
+    return min(len(head) for head in heads.values())
 
 
 def _split_rows(head: Array, mesh: Mesh) -> Array:
@@ -196,7 +199,7 @@ class _Plan:
     requests: dict[str, tuple[str | None, TokenStat]]
     num_tokens: int
     chunk: int  # tokens whose logits exist at a time
-    rows: int  # of them, whose statistics are computed at a time; divides `chunk`
+    block: int  # of them, whose statistics are computed at a time
 
 
 def _plan(
@@ -206,13 +209,12 @@ def _plan(
     chunk: int,
     platform: str,
 ) -> _Plan:
-    rows = chunk
+    block = chunk
     if platform == "cpu":
         # XLA for CPUs writes what statistics have in common, exponentials for instance, to arrays
         # as large as the logits, which take longer to get from the system than to fill.
-        most = max(CPU_LOGITS // min(len(head) for head in heads.values()), 1)
-        rows = next(n for n in range(min(most, chunk), 0, -1) if chunk % n == 0)
-    return _Plan(dict(requests), num_tokens, chunk, rows)
+        block = min(max(CPU_LOGITS // _num_rows(heads), 1), chunk)
+    return _Plan(dict(requests), num_tokens, chunk, block)
 
 
 class _Inputs(NamedTuple):
@@ -277,8 +279,8 @@ def _statistics(
     plan: _Plan, names: Iterable[str], part: _Part, products: dict[str, Array]
 ) -> dict[str, Array]:
     """Those of `names`, {name: f32[n]}, 0 where not real."""
-    of_rows = partial(_of_rows, plan, names, part.temperature)
-    return _by_rows(plan.rows, of_rows, part.token, part.real, products)
+    of_block = partial(_of_block, plan, names, part.temperature)
+    return _by_blocks(plan.block, of_block, (part.token, part.real, products))
 
 
 def _to_products(
@@ -290,18 +292,18 @@ def _to_products(
 ) -> dict[str, Array]:
     """Gradients f32[n, V] of the products that are wanted, from those f32[n] of statistics."""
 
-    def of_rows(token, real, products, cotangents):
+    def of_block(token, real, products, cotangents):
         def statistics(of_wanted):
             every = products | of_wanted
-            return _of_rows(plan, cotangents, part.temperature, token, real, every)
+            return _of_block(plan, cotangents, part.temperature, token, real, every)
 
         _, vjp = jax.vjp(statistics, {name: products[name] for name in wanted})
         return vjp(cotangents)[0]
 
-    return _by_rows(plan.rows, of_rows, part.token, part.real, products, cotangents)
+    return _by_blocks(plan.block, of_block, (part.token, part.real, products, cotangents))
 
 
-def _of_rows(
+def _of_block(
     plan: _Plan,
     names: Iterable[str],
     temperature: Array,
@@ -309,6 +311,7 @@ def _of_rows(
     real: Array,
     products: dict[str, Array],
 ) -> dict[str, Array]:
+    """`_statistics` of some tokens of a chunk."""
     z = {name: mask(x, plan.num_tokens) / temperature for name, x in products.items()}
     out = {}
     for name in names:
@@ -318,13 +321,24 @@ def _of_rows(
     return out
 
 
-def _by_rows(rows: int, function: Callable, *arrays: Any) -> Any:
-    """`function` of trees of arrays [n, ...], so many rows at a time."""
-    if rows == len(arrays[0]):
+def _by_blocks(block: int, function: Callable, arrays: Any) -> Any:
+    """`function(*arrays)` of a tuple of trees of arrays [n, ...], `block` entries at a time."""
+    n = len(jax.tree.leaves(arrays)[0])
+    if block == n:
         return function(*arrays)
-    blocks = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
-    out = jax.lax.map(lambda block: function(*block), blocks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+    def of_block(start):
+        taken = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), arrays)
+        return function(*taken)
+
+    def body(i, out):
+        start = jnp.minimum(i * block, n - block)  # the last may begin within the one before
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        return jax.tree.map(put, out, of_block(start))
+
+    shapes = jax.eval_shape(of_block, 0)
+    zeros = jax.tree.map(lambda x: jnp.zeros((n, *x.shape[1:]), x.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-n // block), body, zeros)
 
 
 def _loop(plan: _Plan, x: _Inputs, body: Callable, init: Any) -> Any:

@@ -291,6 +291,18 @@ def test_a_hint_without_room_is_named(config):
         prepare(config)
 
 
+def test_only_what_a_teacher_reads_has_to_fit_a_hint(config):
+    """The plain prompt is longer here than SC-GRPO's hints; who is shown nothing, reads nothing."""
+    config.method.name = "sc_grpo"
+    config.templates = {"nothing": {"user": "{problem}" + " 1 2 3 4" * 30}}
+    config.rollout.max_prompt = 160
+    config.rollout.max_hint_prompt = 80
+    prepare(config)
+    config.rollout.max_hint_prompt = 7
+    with pytest.raises(InputError, match=r"teacher, template (attempt|peer)"):
+        prepare(config)
+
+
 def test_a_problem_without_what_the_method_shows_is_named(config, problems):
     config.data.train = problems({"prompt": "1 2 : 3", "answer": "1 + 2"})
     config.method.name = "opsd"

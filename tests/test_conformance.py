@@ -80,6 +80,17 @@ def test_a_method_that_trains_nothing_is_caught():
         conformance.check(silent)
 
 
+def test_a_teacher_that_is_silent_says_nothing():
+    """In training its statistics are 0, so a method must not divide by them."""
+
+    def credit(batch, step):
+        adv_t = advantage(batch)[:, None] * batch.rollouts.mask_t
+        return Credit(adv_t / batch.scores["divergence"], 0 * adv_t), {}
+
+    with pytest.raises(AssertionError, match=r"^is_finite: "):
+        conformance.check(METHODS["sc_grpo"]()._replace(credit=credit))
+
+
 def test_teachers_are_shown_what_their_contexts_show():
     """SC-GRPO: a sibling among several successes, one shared failure without, else nothing."""
     shown, source = conformance.draw(METHODS["sc_grpo"](), "1100 0000 1000 1111").shown["teacher"]

@@ -12,7 +12,7 @@ from jaxrl_sd.train import train
 from jaxrl_sd.types import InputError, Sample
 
 RLSD = {"name": "rlsd", "eps_w": 0.5}
-NAMES = ["grpo", "rlsd eps_w=0.5", "cast", "hsd"]
+NAMES = ["grpo", "rlsd eps_w=0.5", "cast", "hsd", "sc_grpo"]
 
 
 def config_of(folder):
@@ -22,9 +22,10 @@ def config_of(folder):
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """What four methods make of four groups of four answers, a whole batch."""
+    """What five methods make of four groups of four answers, a whole batch."""
     folder = tmp_path_factory.mktemp("credit") / "run"
-    found = credit.of_methods(config_of(folder), ["grpo", RLSD, "cast", "hsd"], num_problems=4)
+    methods = ["grpo", RLSD, "cast", "hsd", "sc_grpo"]
+    found = credit.of_methods(config_of(folder), methods, num_problems=4)
     assert not folder.exists()
     return found
 
@@ -88,6 +89,17 @@ def test_what_was_not_computed_is_missing(given):
         assert [x is None for x in known] == [record["truncated"]] * 3
         assert any(record["advantage"]) != record["truncated"]  # uniform groups train, too
     assert report.draw_credit(given["cast"]) is not None
+
+
+def test_what_a_silent_teacher_would_say_is_missing(given):
+    """SC-GRPO shows nothing to a row that failed alone, or that alone succeeded."""
+    assert {record["shown"]["teacher"] is None for record in given["sc_grpo"]} == {True, False}
+    for record in given["sc_grpo"]:
+        gap, shown = record["gap"]["teacher"], record["shown"]["teacher"]
+        assert (gap is None) == (shown is None)
+        assert gap is None or any(gap)
+        assert record["logp"] is not None
+    assert report.draw_credit(given["sc_grpo"]) is not None
 
 
 def test_training_writes_the_same_records(given, tmp_path, python):

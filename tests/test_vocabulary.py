@@ -267,8 +267,8 @@ def test_the_chunk_does_not_matter(chunk):
 
 
 @pytest.mark.parametrize("chunk", [4, 99])
-def test_how_many_rows_at_a_time_does_not_matter(chunk, monkeypatch):
-    """10 tokens, in chunks of 4 or as one: two rows of statistics at a time."""
+def test_the_block_does_not_matter(chunk, monkeypatch):
+    """10 tokens, in chunks of 4 or as one: statistics of 3 at a time, which divides neither."""
     want = evaluate(*small(), chunk=chunk, requests=REQUESTS | TOP_K)
     monkeypatch.setattr(vocabulary, "CPU_LOGITS", 3 * 1003)
     run = evaluator.__wrapped__(chunk, tuple((REQUESTS | TOP_K).items()))  # compiled anew
@@ -441,7 +441,7 @@ def test_chunks_behind_the_count_are_not_computed(count, chunks):
 # What runs on the devices.
 
 
-def lower(n, dtype, chunk, argnums=(0, 1), stat=stats.forward_kl, V=4096, D=64, of=jax.grad):
+def lower(n, dtype, chunk, argnums=(0, 1), stat=stats.forward_kl, V=4096, D=64):
     """The program for the gradients of a statistic to hidden states and heads."""
 
     def total(hidden, head, hidden_teacher, head_teacher, token):
@@ -452,7 +452,7 @@ def lower(n, dtype, chunk, argnums=(0, 1), stat=stats.forward_kl, V=4096, D=64, 
 
     hidden, head = jax.ShapeDtypeStruct((n, D), dtype), jax.ShapeDtypeStruct((V, D), dtype)
     token = jax.ShapeDtypeStruct((n,), jnp.int32)
-    gradient = jax.jit(of(total, argnums=argnums))
+    gradient = jax.jit(jax.grad(total, argnums=argnums))
     return gradient.lower(hidden, head, hidden, head, token)
 
 
@@ -482,12 +482,12 @@ def test_memory_is_that_of_the_heads_gradient_and_two_chunks():
 
 
 @pytest.mark.parametrize("stat", [stats.forward_kl, stats.reverse_kl, stats.generalized_jsd(0.5)])
-def test_cpus_keep_no_more_of_a_single_chunk_than_logits_and_their_gradient(stat):
-    """Of student and teacher: three arrays. All rows at a time there are 5, 4 and 12."""
-    n, V = 1024, 32_768
-    program = lower(n, jnp.float32, n, stat=stat, V=V, of=jax.value_and_grad)
+def test_cpus_keep_no_more_of_a_single_chunk_than_logits_and_their_gradients(stat):
+    """Of student and teacher: four arrays. All tokens at a time there are 6, 6 and 13."""
+    n, V, mesh = 1024, 32_768, make_mesh(data=1, fsdp=1, tensor=1)
+    program = lower_streams(mesh, {"": ("teacher", stat)}, V, 64, n, n)
     memory = program.compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 3.5 * 4 * n * V
+    assert memory.temp_size_in_bytes < 4.6 * 4 * n * V
 
 
 def products(dtype, chunk=16, **options):
@@ -595,7 +595,7 @@ def on(mesh, hidden, heads, token, count):
 
 @pytest.mark.parametrize("rows", [1008, 1003])
 def test_streams_on_a_mesh_equal_those_of_one_device(rows, monkeypatch):
-    """Vocabularies that the devices can share, and that they cannot; two rows at a time."""
+    """Vocabularies that the devices can share, and that they cannot; two tokens at a time."""
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     hidden = {name: 2 * draw(4, 10, 16) for name in (STUDENT, "teacher")}
     heads = {STUDENT: draw(rows, 16), "teacher": draw(rows + 8, 16)}
@@ -609,8 +609,8 @@ def test_streams_on_a_mesh_equal_those_of_one_device(rows, monkeypatch):
     assert_close(got, want)
 
 
-def communicated(mesh, requests, V, D, N, chunk):
-    """Elements of the result of each collective: (inside loops, outside, by kind)."""
+def lower_streams(mesh, requests, V, D, N, chunk):
+    """`stream_program` for a stream of N tokens on each device."""
     R = mesh.shape["data"] * mesh.shape["fsdp"]
     shape = jax.ShapeDtypeStruct
     hidden = {name: shape((R, N, D), jnp.float32) for name in (STUDENT, "teacher")}
@@ -618,7 +618,12 @@ def communicated(mesh, requests, V, D, N, chunk):
     arrays = hidden, heads, shape((R, N), jnp.int32), shape((R,), jnp.int32)
     shardings, arrays = on(mesh, *arrays)
     placed = jax.tree.map(lambda a, s: shape(a.shape, a.dtype, sharding=s), arrays, shardings)
-    program = stream_program(mesh, requests, V - 96, chunk).lower(*placed).compile()
+    return stream_program(mesh, requests, V - 96, chunk).lower(*placed)
+
+
+def communicated(*of_program):
+    """Elements of the result of each collective: (inside loops, outside, by kind)."""
+    program = lower_streams(*of_program).compile()
     computations, entry = hlo.parse(program.as_text())
     found = [
         (name == entry, x.opcode.removesuffix("-start"), a.size)
@@ -632,8 +637,9 @@ def communicated(mesh, requests, V, D, N, chunk):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8), (1, 8, 1), (8, 1, 1)])
-def test_logits_stay_where_they_are_and_gradients_are_added_up_once(shape):
+def test_logits_stay_where_they_are_and_gradients_are_added_up_once(shape, monkeypatch):
     V, D, N, chunk, mesh = 4096, 64, 96, 32, make_mesh(*shape)
+    monkeypatch.setattr(vocabulary, "CPU_LOGITS", 8 * V)  # tokens at a time
     data, fsdp, tensor = shape
     names = ("log_prob_gap", "entropy", "reverse_kl", "reverse_kl_student_tail")
     inside, outside = communicated(mesh, {name: ALL[name] for name in names}, V, D, N, chunk)

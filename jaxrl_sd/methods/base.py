@@ -133,12 +133,12 @@ class Method(NamedTuple):
     Attributes:
       grade: verdicts -> rewards, rows that train, groups that are kept; on the host.
       teachers: by name.
-      score: statistics used without gradient, read by `credit` and `loss` from `batch.scores`.
-        `old_logp` and `entropy` are always there.
+      score: statistics used without gradient, read by `credit` and `loss` from `batch.scores`; 0
+        where their teacher is silent. `old_logp` and `entropy` are always there.
       credit: (batch, step) -> (Credit, metrics), once a batch, sees whole groups, jitted.
         `step` counts finished steps (batches), so it is 0 at the first one.
-      probe: statistics that are differentiated with respect to the student, given to `loss`.
-        `logp` is always there.
+      probe: statistics that are differentiated with respect to the student, given to `loss`; 0
+        where their teacher is silent. `logp` is always there.
       loss: ({name: f32[b, T]}, batch, step) -> (loss_t f32[b, T], metrics f32[b, T] each).
       mask: batch -> mask_t f32[B, T], the trained tokens that are averaged over.
       weight: mask_t -> weight_t, how they are averaged.
