@@ -265,7 +265,8 @@ def write(
         if exchanged:
             written = exchange(written)
         for problem, of_group in zip(problems, written, strict=True):
-            rendered = {None: ((), False)}  # samples of a group are often shown the same
+            # Samples of a group are often shown the same, and a silent teacher has no prompt.
+            rendered = {None: ((), False)}
             for hint in of_group:
                 what = hint and (hint.template, *sorted(hint.slots.items()))
                 if what not in rendered:

@@ -22,7 +22,7 @@ from jaxrl_sd.types import Array
 
 MASKED = -1e30  # finite, so that 0 * (MASKED - MASKED) is 0 and not NaN
 STUDENT = ""  # its key beside those of the teachers
-CPU_LOGITS = 2**21  # of each model: those whose statistics CPUs compute at a time
+CPU_LOGITS = 2**21  # of a model, in a block whose statistics CPUs compute at a time, see `_plan`
 
 
 def logits(hidden: Array, head: Array, num_tokens: int) -> Array:

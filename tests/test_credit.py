@@ -92,7 +92,7 @@ def test_what_was_not_computed_is_missing(given):
 
 
 def test_what_a_silent_teacher_would_say_is_missing(given):
-    """SC-GRPO shows nothing to a row that failed alone, or that alone succeeded."""
+    """SC-GRPO shows nothing in groups that one or all solved, nor the shown failure itself."""
     assert {record["shown"]["teacher"] is None for record in given["sc_grpo"]} == {True, False}
     for record in given["sc_grpo"]:
         gap, shown = record["gap"]["teacher"], record["shown"]["teacher"]

@@ -490,6 +490,12 @@ def test_cpus_keep_no_more_of_a_single_chunk_than_logits_and_their_gradients(sta
     assert memory.temp_size_in_bytes < 4.6 * 4 * n * V
 
 
+@pytest.mark.parametrize(("platform", "block"), [("cpu", 13), ("gpu", 512), ("tpu", 512)])
+def test_only_cpus_compute_statistics_in_blocks(platform, block):
+    heads = {STUDENT: np.zeros((V, 1))}
+    assert vocabulary._plan(REQUESTS, heads, V, 512, platform).block == block
+
+
 def products(dtype, chunk=16, **options):
     text = lower(64, dtype, chunk, **options).as_text()
     return [line for line in text.splitlines() if "dot_general" in line]
