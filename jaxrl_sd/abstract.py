@@ -213,7 +213,7 @@ def _batch(config: ConfigDict, method: Method) -> Batch:
         graded=zeros(*value),
         group_size=r.group_size,
     )
-    hint = Hints(zeros(i32, r.max_hint_prompt), zeros(i32), zeros(f32), zeros(i32))
+    hint = Hints(zeros(i32, r.max_hint_prompt), zeros(i32), zeros(i32))
     return Batch(rollouts, dict.fromkeys(method.teachers, hint))
 
 

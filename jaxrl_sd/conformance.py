@@ -152,8 +152,7 @@ def batch_of(case: Case, method: Method, garbage: float = 0.0) -> Batch:
     )
 
     def hints(of: Shown) -> Hints:
-        shown, source = jnp.asarray(of.shown, jnp.float32), jnp.asarray(of.source, jnp.int32)
-        return Hints(nothing, jnp.asarray(of.shown, jnp.int32), shown, source)
+        return Hints(nothing, jnp.asarray(of.shown, jnp.int32), jnp.asarray(of.source, jnp.int32))
 
     return Batch(rollouts, {name: hints(case.shown[name]) for name in method.teachers})
 

@@ -260,7 +260,7 @@ def write(
     """
     hints, metrics = {}, {}
     for name, context in contexts.items():
-        prompts, shown, source, num_cut = [], [], [], 0
+        prompts, source, num_cut = [], [], 0
         written = _of_batch(context, problems, groups, rng)
         if exchanged:
             written = exchange(written)
@@ -275,16 +275,10 @@ def write(
                     )
                 prompt, cut = rendered[what]
                 prompts.append(prompt)
-                shown.append(hint is not None)
                 source.append(-1 if hint is None else hint.source)
                 num_cut += cut
         padded, lengths = tokens.left_pad(prompts, width, tokenizer.pad_token_id)
-        hints[name] = Hints(
-            prompt=padded,
-            prompt_length=lengths,
-            shown=np.asarray(shown, np.float32),
-            source=np.asarray(source, np.int32),
-        )
-        metrics[f"context/{name}/shown"] = float(np.mean(shown))
+        hints[name] = Hints(padded, lengths, np.asarray(source, np.int32))
+        metrics[f"context/{name}/shown"] = float(hints[name].shown.mean())
         metrics[f"context/{name}/cut"] = num_cut
     return hints, metrics

@@ -80,8 +80,12 @@ class Hints:
 
     prompt: Array  # i32[B, S'], left-padded
     prompt_length: Array  # i32[B], 0 where this teacher is silent: it does not read the row
-    shown: Array  # f32[B], 0 where this teacher is silent
     source: Array  # i32[B], the row whose response is shown, -1 where none is
+
+    @property
+    def shown(self) -> Array:
+        """f32[B], 0 where this teacher is silent."""
+        return (self.prompt_length > 0).astype("float32")
 
 
 @flax.struct.dataclass

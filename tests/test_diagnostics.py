@@ -64,8 +64,8 @@ def draw(seed) -> tuple[Batch, dict]:
         gap_t = rng.normal(size=(B, T))
         gaps[name] = masked(np.where(rng.random((B, T)) < 0.2, 0, gap_t))
     hints = {
-        name: Hints(rollouts.prompt, rollouts.prompt_length, jnp.asarray(x), jnp.full(B, -1))
-        for name, x in (("teacher", shown), ("reference", np.ones(B, np.float32)))
+        name: Hints(rollouts.prompt, jnp.asarray(x, jnp.int32), jnp.full(B, -1))
+        for name, x in (("teacher", shown), ("reference", np.ones(B)))
     }
     adv_t, distill_t = rng.normal(size=(2, B, T)) * (rng.random((2, B, T)) < 0.5) * mask_t
     return Batch(
@@ -220,7 +220,7 @@ def test_gaps(seed):
 def test_gaps_of_nothing_are_nan():
     """A silent teacher, and a batch without a correct answer."""
     batch, gaps = draw(0)
-    silent = batch.hints["teacher"].replace(shown=jnp.zeros(B))
+    silent = batch.hints["teacher"].replace(prompt_length=jnp.zeros(B, jnp.int32))
     r = batch.rollouts.replace(correct=jnp.zeros(B))
     batch = batch.replace(rollouts=r, hints={**batch.hints, "teacher": silent})
     got = diagnostics.describe_gaps(batch, gaps, STOP_IDS)

@@ -46,7 +46,7 @@ def draw(seed: int, P: int = P, lengths=None, shared: bool = False):
     rollouts = Rollouts(
         left_pad(student, S), lengths_of(student), response, *[mask_t] * 3, *[ones] * 3, G
     )
-    hints = {"teacher": Hints(left_pad(teacher, S + 1), lengths_of(teacher), ones, ones)}
+    hints = {"teacher": Hints(left_pad(teacher, S + 1), lengths_of(teacher), ones)}
     return Batch(rollouts, hints), {STUDENT: student, "teacher": teacher}, responses
 
 

@@ -81,7 +81,7 @@ def draw_batch(pad_id=PAD, wider=0) -> Batch:
     def hints(prompts):
         lengths = np.array([len(row) for row in prompts], np.int32)
         width = max(lengths) + wider
-        return Hints(pad(prompts, width, True, pad_id), lengths, ones, -np.ones(B, np.int32))
+        return Hints(pad(prompts, width, True, pad_id), lengths, -np.ones(B, np.int32))
 
     return Batch(rollouts, {"teacher": hints(rows(HINT, 3)), "reference": hints(prompts)})
 

@@ -173,8 +173,7 @@ def draw_batch(name: str, pad_id: int = PAD, garbage: float = 0.0) -> Batch:
     hints = {
         teacher: Hints(
             jnp.asarray(pad(HINTS[teacher], True, pad_id)),
-            lengths(HINTS[teacher]),
-            jnp.asarray(shown, jnp.float32),
+            lengths(HINTS[teacher]) * jnp.asarray(shown, jnp.int32),
             jnp.asarray(source, jnp.int32),
         )
         for teacher in method_of(name).teachers
@@ -346,7 +345,7 @@ def test_a_batch_without_a_token_moves_nothing():
     batch = credited_once("sdpo")
     state, _ = train_on(compiled("sdpo"), start("sdpo"), batch)
     before = jax.device_get(state)
-    silent = batch.hints["teacher"].replace(shown=jnp.zeros(B))
+    silent = batch.hints["teacher"].replace(prompt_length=jnp.zeros(B, jnp.int32))
     batch, _ = compiled("sdpo").credit(batch.replace(hints={"teacher": silent}), STEP)
     state, metrics = train_on(compiled("sdpo"), state, batch)
     assert_trees_equal((state.params, state.opt_state), (before.params, before.opt_state))
@@ -355,10 +354,11 @@ def test_a_batch_without_a_token_moves_nothing():
 
 
 def test_a_mini_batch_without_a_token_enters_no_mean():
-    """The first of two; the metrics and the move are those of the other."""
-    batch = credited_once("sdpo")
-    shown = jnp.array([0.0] * G + [1.0] * G)
-    half = batch.replace(hints={"teacher": batch.hints["teacher"].replace(shown=shown)})
+    """The first of two; the metrics and the move are those of the other.
+
+    SDPO's teacher is silent about a group without a right answer, which comes first here.
+    """
+    half = jax.tree.map(lambda x: jnp.roll(x, G, axis=0), credited_once("sdpo"))
     steps = compile_steps(method_of("sdpo"), mini_batches=2)
     halves, _ = steps.credit(half, STEP)
     state, metrics = train_on(steps, start("sdpo"), halves, mini_batches=2)

@@ -120,7 +120,7 @@ def random_batch(
         if teacher.context.shared:
             ids = shown if is_shown_something(teacher) else prompt
         source = np.full(B, -1, np.int32) if teacher.context.shared else peer.astype(np.int32)
-        return Hints(ids, np.full(B, ids.shape[1], np.int32), ones, source)
+        return Hints(ids, np.full(B, ids.shape[1], np.int32), source)
 
     return Batch(rollouts, {name: hints(teacher) for name, teacher in teachers.items()})
 

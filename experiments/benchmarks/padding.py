@@ -89,7 +89,7 @@ def random_lengths(config: ConfigDict, teachers: Mapping[str, Teacher]) -> Batch
         owner = group if teacher.context.shared else peer
         lengths = prompt + hint + (0 if teacher.context.shared else length[peer])
         lengths = np.minimum(lengths, r.max_hint_prompt)
-        return Hints(ids(lengths, owner, r.max_hint_prompt), lengths, np.ones(B), owner)
+        return Hints(ids(lengths, owner, r.max_hint_prompt), lengths, owner)
 
     mask_t = (np.arange(T) < length[:, None]).astype(np.float32)
     zeros, verdict = np.zeros((B, T), np.int32), np.zeros(B)
