@@ -51,8 +51,8 @@ CPU = Scale(
     groups=Shape(4, 8, 512, 64),
     flat=Shape(2, 8, 64, 128),
     longer=8,
-    steps=30,
-    repetitions=5,
+    steps=60,
+    repetitions=7,
 )
 ACCELERATOR = Scale(
     model=QWEN3_1_7B,
