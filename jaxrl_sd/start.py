@@ -61,7 +61,8 @@ def prepare(config: ConfigDict) -> tuple[Run, Params, dict[str, Params]]:
     sampling = sampling_config(config, tokenizer)
     train, held_out = load_problems(config, "train"), load_problems(config, "test")
     templates = configuration.templates(config)
-    check_problems([*train, *held_out], method, tokenizer, templates, config)
+    check_prompts([*train, *held_out], tokenizer, templates["nothing"], config)
+    check_hints(train, method, tokenizer, templates, config)
     check_judges(config, train, held_out)
     for note in compare_headers(method, tokenizer, templates, train[0]):
         logging.warning("%s", note)
@@ -207,19 +208,18 @@ def split_trained(
     return jax.jit(init, out_shardings=placed)(), params
 
 
-def check_problems(
+def check_hints(
     problems: Sequence[Problem],
     method: Method,
     tokenizer,
     templates: Mapping[str, Template],
     config: ConfigDict,
 ) -> None:
-    """Every problem has what the method shows its teachers, and its prompts fit.
+    """Every training problem has what the method shows its teachers, and leaves room for it.
 
     Raises:
       InputError: naming the problem.
     """
-    check_prompts(problems, tokenizer, templates["nothing"], config)
     for name, teacher in method.teachers.items():
         for problem in problems:
             for field in teacher.context.needs:

@@ -310,6 +310,14 @@ def test_a_problem_without_what_the_method_shows_is_named(config, problems):
         prepare(config)
 
 
+def test_held_out_problems_need_no_hints(config, problems):
+    """No teacher reads them; benchmarks often have answers alone."""
+    config.data.test = problems({"prompt": "1 2 : 3", "answer": "1 + 2"})
+    config.data.num_test = 1
+    config.method.name = "opsd"
+    prepare(config)
+
+
 def test_an_unknown_verifier_is_named(config, problems):
     row = {"prompt": "1 2 : 3", "answer": "1 + 2", "verifier": "oracle"}
     config.data.train = problems(row)
