@@ -72,7 +72,7 @@ class Call(NamedTuple):
     def result(self) -> Any:
         """What the function returns, where its compiler places it."""
         shapes = jax.eval_shape(partial(self.function, **self.options), *self.arguments)
-        return _placed(shapes, self.lower().compile().output_shardings)
+        return sharding.placed(shapes, self.lower().compile().output_shardings)
 
 
 def read_model(path: str) -> ModelConfig:
@@ -293,14 +293,8 @@ def _shapes(tree: Any) -> Any:
 
 
 def _rows(tree: Any, mesh: Mesh) -> Any:
-    return _placed(tree, jax.tree.map(lambda _: sharding.of_rows(mesh), tree))
+    return sharding.placed(tree, jax.tree.map(lambda _: sharding.of_rows(mesh), tree))
 
 
 def _state(tree: Any, mesh: Mesh) -> Any:
-    return _placed(tree, sharding.of_state(tree, mesh))
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
-    )
+    return sharding.placed(tree, sharding.of_state(tree, mesh))

@@ -1,7 +1,8 @@
 """Saves and restores everything that a run needs to continue: state and position, with orbax.
 
 Saves are asynchronous and atomic: a checkpoint that was interrupted is not seen by `restore`.
-Weights that are never trained are not saved but recognised: they are read from where they were.
+What `State.frozen` holds, the weights under an adapter and models of others, is not saved but
+recognised, and read from where it was. A teacher's copy of the start is saved with all else.
 """
 
 import zlib
@@ -39,7 +40,7 @@ def save(
     config: dict[str, Any],
     seconds: dict[str, float],
 ) -> None:
-    """Starts writing what follows the last update.
+    """Starts writing what follows the last step.
 
     Args:
       position: in the sequence of problems.
@@ -67,7 +68,7 @@ def restore(
     """State, position and seconds of the newest checkpoint, or None if there is none.
 
     Args:
-      like: a state of the same shapes, types and shardings, with the same frozen weights.
+      like: shapes, types and shardings of the state, and the same frozen weights.
       config: of the run that wants to continue.
       folder: of the run, for the message.
 
@@ -106,7 +107,7 @@ def named_errors(what: str):
 
 
 def _saved(state: State) -> State:
-    """Without what has no arrays or is never trained: a run may go on when that was moved."""
+    """Without what has no arrays or is frozen: a run may go on when that was moved."""
     teachers = {name: kept for name, kept in state.teachers.items() if jax.tree.leaves(kept)}
     return state.replace(frozen={}, teachers=teachers)
 

@@ -124,6 +124,13 @@ def of_state(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(sharding, state)
 
 
+def placed(tree: Any, shardings: Any) -> Any:
+    """Shapes and types of a tree with these shardings, a tree like it."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
 def of_rows(mesh: Mesh) -> NamedSharding:
     """Splits the first axis, the rows of a batch."""
     return NamedSharding(mesh, PartitionSpec(*mesh_axes(("rows",))))

@@ -92,7 +92,8 @@ def train(config: ConfigDict) -> dict[str, Any]:
 
     Raises:
       InputError: anything wrong in the configuration, the model, the data or the folder, before
-        the first sample is drawn.
+        the first sample is drawn; later, what only samples show: groups that a method keeps none
+        of, a reward that is no number, a prompt without room for a hint. Finished steps are saved.
     """
     clock = Clock()
     with clock("start"):
@@ -134,12 +135,13 @@ def train(config: ConfigDict) -> dict[str, Any]:
         for step in range(first, config.steps):
             try:
                 collected = collect(run, state, judge, position, clock)
+                problems, groups = collected.problems, collected.groups
+                with clock("context"):
+                    hints, hint_metrics = write_hints(run, problems, groups, step)
             except InputError:
                 save(step)  # a run with other limits goes on from here
                 raise
-            problems, groups = collected.problems, collected.groups
             with clock("context"):
-                hints, hint_metrics = write_hints(run, problems, groups, step)
                 batch, parts, pack_metrics = pack(run, Batch(collected.rollouts, hints))
             with clock("score"):
                 batch = update.score(run.steps, state, batch, parts)
@@ -168,6 +170,10 @@ def train(config: ConfigDict) -> dict[str, Any]:
                 assess(step + 1)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
                 save(step + 1)
+        # A run that stopped, and was then told to end where it stopped, has only this left to do.
+        if not hosts.from_first(evaluation_file(run.folder, config.steps).exists):
+            assess(config.steps)
+        write_unread()
         with clock("save"):
             checkpoints.wait_until_finished()
             export(run, state)
@@ -189,22 +195,26 @@ def open_writer(run: Run, first: int) -> AbstractContextManager[Writer | None]:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Removes what an aborted run wrote about updates that no checkpoint holds."""
+    """Removes what an aborted run wrote about steps that no checkpoint holds."""
     for path in [*folder.glob("rollouts/*.jsonl"), *folder.glob("evaluations/*.json")]:
         if path.stem.isdecimal() and int(path.stem) > step:
             path.unlink()
 
 
 def is_due(config: ConfigDict, finished: int) -> bool:
-    """Whether to evaluate and to write down a group after so many updates."""
+    """Whether to evaluate and to write down a group after so many steps."""
     return finished % config.evaluation.every == 0 or finished == config.steps
 
 
 def start_or_resume(run: Run, params, frozen, checkpoints) -> tuple[State, int, dict[str, float]]:
     """The state to go on from, the position in the sequence of problems, and seconds spent."""
-    state = new_state(run, params, frozen, configuration.optimizer(run.config))
-    restored = checkpoint.restore(checkpoints, state, settings(run.config), run.folder)
-    state, position, seconds = restored or (state, 0, {})
+    optimizer = configuration.optimizer(run.config)
+    # Shapes alone: a new state beside the one that is read may be more than a device holds.
+    like = state_shapes(run, params, optimizer).replace(frozen=frozen)
+    restored = checkpoint.restore(checkpoints, like, settings(run.config), run.folder)
+    if restored is None:
+        return new_state(run, params, frozen, optimizer), 0, {}
+    state, position, seconds = restored
     if state.step > run.config.steps:
         raise InputError(
             f"steps: expected at least the {state.step} that the run in {run.folder} has, "
@@ -219,11 +229,20 @@ def new_state(
     """The state before the first step, placed on the run's mesh."""
 
     def start(params: Params) -> State:
-        state = init_state(params, {}, optimizer, run.method.teachers, run.config.seed)
-        return state.replace(params={})  # no copy of what has its place
+        return _start(run, params, optimizer).replace(params={})  # no copy of what has its place
 
     placed = sharding.of_state(jax.eval_shape(start, params), run.mesh)
     return jax.jit(start, out_shardings=placed)(params).replace(params=params, frozen=frozen)
+
+
+def state_shapes(run: Run, params: Params, optimizer: optax.GradientTransformation) -> State:
+    """Shapes, types and places on the run's mesh of all that a run changes."""
+    shapes = jax.eval_shape(lambda params: _start(run, params, optimizer), params)
+    return sharding.placed(shapes, sharding.of_state(shapes, run.mesh))
+
+
+def _start(run: Run, params: Params, optimizer: optax.GradientTransformation) -> State:
+    return init_state(params, {}, optimizer, run.method.teachers, run.config.seed)
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:
@@ -396,7 +415,7 @@ def export(run: Run, state: State) -> None:
 
 
 def mean_seconds(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """By phase, of the steps after the first, which compiles; without evaluations."""
+    """By phase, of all steps but the run's first, which compiles; without evaluations."""
     steps = [row for row in rows if "time/update" in row][1:]
     names = dict.fromkeys(name for row in steps for name in row if name.startswith("time/"))
     return {

@@ -17,6 +17,7 @@ from small_run import MOMENTS, small_config
 
 from jaxrl_sd import config as configuration
 from jaxrl_sd import metrics, model, rollout, tokens, weights
+from jaxrl_sd import train as train_module
 from jaxrl_sd.start import prepare
 from jaxrl_sd.train import Clock, forget_after, measure, summarize, train
 from jaxrl_sd.types import InputError, Sample
@@ -111,6 +112,25 @@ def test_sampling_goes_on_until_the_batch_is_full_of_mixed_groups(tmp_path):
     assert {record["reward"] for record in records} == {1, -1}
     verdicts = json.loads((tmp_path / "evaluations/000002.json").read_text())
     assert [len(group) for group in verdicts["sampled"]] == [2] * 8
+
+
+def test_a_run_may_end_where_a_prompt_stopped_it(tmp_path, monkeypatch):
+    """The steps before it are kept, and evaluated once the run is told to end there."""
+    config = small_config(tmp_path, evaluation__every=100, checkpoint__every=100)
+    write_hints = train_module.write_hints
+
+    def write(run, problems, groups, step):
+        if step == 1:
+            raise InputError("rollout.max_hint_prompt: too small")
+        return write_hints(run, problems, groups, step)
+
+    monkeypatch.setattr(train_module, "write_hints", write)
+    with pytest.raises(InputError, match="max_hint_prompt"):
+        train(config)
+    assert not (tmp_path / "evaluations/000001.json").exists()
+    config.steps = 1
+    assert train(config)["accuracy_after"]["num_problems"] == 8
+    assert [row["step"] for row in metrics.read(tmp_path)] == [0, 1, 1]
 
 
 def test_a_checkpoint_of_other_settings_is_refused(trained, tmp_path):
