@@ -258,9 +258,9 @@ def sc_grpo(
     loss, adv = empty(case), empty(case)
     for i, t in tokens(case):
         A = group_advantage(case, i)
-        if num_correct(case, i) == 0 and case.shown[i]:
+        if num_correct(case, i) == 0:
             scored = {j: distinctness(case, f, j) for j in group(case, i) if case.shown[j]}
-            A = alpha * z_score(scored, i)
+            A = alpha * z_score(scored, i) if case.shown[i] else 0.0
         adv[i, t] = f.get((i, t), 1.0) * A
         loss[i, t] = f.get((i, t), 1.0) * surrogate(case, i, t, A, clip_low, clip_high)
     return Result(mean_of_rows(case, loss), adv, empty(case))

@@ -655,6 +655,19 @@ def test_sc_grpo_scales_grpos_gradient():
     np.testing.assert_allclose(scaled, f[..., None] * plain, atol=1e-8)
 
 
+def test_sc_grpo_judges_groups_that_nobody_solved_by_diversity_alone():
+    """Also where reward functions graded their answers between right and wrong."""
+    case, method = draw_case("sc_grpo", "1100 0000 0000 1000"), METHODS["sc_grpo"]()
+    batch = batch_of(case, method)
+    divergence = jnp.asarray(np.random.default_rng(0).random(case.mask.shape), jnp.float32)
+    batch = batch.replace(scores={"divergence": divergence})
+    between = jnp.where(jnp.arange(16) // 4 == 1, jnp.linspace(0, 0.4, 16), batch.rollouts.reward)
+    graded = batch.replace(rollouts=batch.rollouts.replace(reward=between))
+    want, got = (method.credit(b, 0)[0].adv_t for b in (batch, graded))
+    assert np.abs(want[4:8]).max() > 0
+    np.testing.assert_array_equal(got, want)
+
+
 def samples_of(verdicts: str) -> list[Sample]:
     return [Sample((), f"response {i}", VERDICT[c], False) for i, c in enumerate(verdicts)]
 

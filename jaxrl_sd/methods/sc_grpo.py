@@ -110,7 +110,8 @@ def sc_grpo(
         )
         solved = groups.num_correct(r.correct, r.graded, r.group_size)
         none_solved = shown * r.graded * (solved == 0)
-        A = advantage(batch) + alpha * diversity_advantage(f_t, batch, none_solved)
+        A_div = diversity_advantage(f_t, batch, none_solved)
+        A = jnp.where(solved == 0, alpha * A_div, advantage(batch))
         weight_t = jnp.where(shown[:, None] != 0, f_t, 1.0)
         metrics = {
             "c": c,
