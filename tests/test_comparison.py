@@ -118,6 +118,19 @@ def test_what_is_finished_is_not_made_again(made, root, monkeypatch):
         runs.make(other, root, 1)
 
 
+def test_the_report_says_where_matched_lengths_change_nothing(made):
+    the_plan = small_plan()
+    found = report.lines(the_plan, made, "small")
+
+    def says(found):
+        return any("length-matched" in text for text in report.conclusions(the_plan, found))
+
+    same = [line._replace(within=line.difference) for line in found]
+    assert says(same)
+    other = [x._replace(within=x.within._replace(value=x.difference.value - 0.01)) for x in same]
+    assert not says(other)
+
+
 def test_the_report_has_every_arm_and_needs_no_other_file(made, tmp_path):
     the_plan = small_plan()
     summary = report.write(tmp_path, the_plan, made)

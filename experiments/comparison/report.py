@@ -13,6 +13,7 @@ import jinja2
 
 from experiments.comparison import pictures, statistics
 from experiments.comparison.plan import FINAL, SEARCH, Plan
+from experiments.comparison.rows import PERCENTILE
 from experiments.comparison.statistics import Difference, Mean
 from jaxrl_sd.report import table
 
@@ -196,11 +197,17 @@ def conclusions(plan: Plan, found: Sequence[Line]) -> list[str]:
     rest = [x.arm for x in others if not x.significant]
     failed = [x.arm for x in found if x.failed]
     level = f"{statistics.LEVEL:.0%}"
+    same = others and all(abs(x.within.value - x.difference.value) < 1e-5 for x in others)
     out = [
         f"Better than {plan.baseline} at the level of {level}, after Holm's correction for "
         f"{len(others)} arms: {_names(better)}. Worse: {_names(worse)}.",
         f"Not significant (this comparison does not show that they differ): {_names(rest)}.",
     ]
+    if same:
+        out.append(
+            f"No right answer is longer than {PERCENTILE}% of {plan.baseline}'s, so that the "
+            f"length-matched differences are the differences."
+        )
     return out + ([f"Did not finish on every seed: {_names(failed)}."] if failed else [])
 
 
