@@ -3,12 +3,12 @@
     python -m experiments.convert --input=/models/Qwen3-8B --output=/models/qwen3-8b --format=orbax
     python -m experiments.convert --input=/models/qwen3-8b --output=/models/again --dtype=bfloat16
     python -m experiments.convert --input=/models/Qwen3-8B --adapter=lora --output=/models/merged
-    python -m experiments.convert --input=runs/cast_8b --step=200 --output=lora --format=peft
+    python -m experiments.convert --input=runs/cast_8b --step=280 --output=lora --format=peft
 
 Forms: `huggingface` (sharded safetensors, opened by transformers), `orbax` (our own, of which each
 host of a pod reads its own part) and `peft` (the adapter alone). The input is a model in one of the
-first two, with an adapter of the third or without, or a run's folder. An adapter is merged into the
-first two. The tokenizer is copied along.
+first two, with an adapter of the third or without, or a run's folder, with the checkpoints that it
+kept. An adapter is merged into the first two. The tokenizer is copied along.
 """
 
 import shutil

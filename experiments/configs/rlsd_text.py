@@ -25,7 +25,7 @@ In place of the paper's images, chosen here:
 Not in the paper, from the released code: AdamW's betas, weight decay, clip norm, one update a
 batch, top-p 1.
 Not in either, chosen here: the teacher's length, 256 more than the student's; the schedule of
-evaluation. A prompt of 4,096 holds images; 1,024 is enough for text and costs less.
+evaluation. The prompt's 4,096 tokens are the paper's, whose prompts hold images.
 The released script differs from the paper and is not followed: `rlsd_released` has its schedules.
 """
 

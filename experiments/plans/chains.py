@@ -1,9 +1,10 @@
 """The five papers' methods on modular chains, where teachers see full solutions or bare answers.
 
     python -m experiments.compare --plan=experiments/plans/chains.py --workers=2 \\
-        --output_dir=runs/compare_chains
+        --output_dir=runs/chains
 
-One learning rate for all: the one that most methods did best with on countdown.
+One learning rate for all: the one that most methods did best with on countdown, three times what
+`cast` and `hsd` did best with.
 Hardware and time: see README.md, "Which of them works".
 """
 
