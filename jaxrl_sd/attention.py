@@ -24,7 +24,7 @@ CPU_BLOCK = 64
 BLOCK = 128  # on accelerators; with larger ones float32 compiles for minutes on TPUs
 KERNEL_BLOCK = 512
 MASKED = -1e30  # finite, so that MASKED - MASKED is 0 and not NaN
-NO_SEGMENT = jnp.iinfo(jnp.int32).max
+NO_SEGMENT = jnp.iinfo(jnp.int32).max  # behind all that callers have, as sorted ids have to be
 KEPT = "attention"  # the name, for policies of `jax.checkpoint`, of what a backward pass needs
 
 

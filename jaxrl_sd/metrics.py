@@ -25,7 +25,7 @@ PROGRESS = "{desc} {n_fmt}/{total_fmt} |{bar:10}| {elapsed} elapsed, {remaining}
 class Writer:
     """Writes each row of metrics to `folder/metrics.jsonl` and `folder/tensorboard`.
 
-    A step is the number of updates behind a row. A run that continues loses the rows of
+    The step of a row is the number of steps before it. A run that continues loses the rows of
     `first_step` and later, since it will record them again. One progress line on standard error
     shows the newest values of the metrics named in `shown`.
     """

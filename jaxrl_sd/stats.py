@@ -1,12 +1,13 @@
 """Token statistics: what can be said about one token from the student's and the teacher's logits.
 
-Every public function without a keyword argument has the type
+Every public function of logits has the type
 
     TokenStat = (student_logits [..., V], teacher_logits [..., V], token i32[...]) -> f32[...]
 
 so any of them can be a score (used without gradient) or a probe (differentiated with respect to
-the student). The factories (`generalized_jsd(beta)` ...) return such functions. q is the student,
-p the teacher. Directions are named by formula, since papers use "forward" and "reverse" both ways.
+the student). The factories (`generalized_jsd(beta)` ...) return such functions; `on_top_k` makes
+them of those that end in `_of_log_probs`. q is the student, p the teacher. Directions are named by
+formula, since papers use "forward" and "reverse" both ways.
 
 Everything is computed in float32 whatever the inputs' type: the gaps and divergences these methods
 use are as small as bfloat16's rounding. Vocabulary padding must carry large finite negative logits

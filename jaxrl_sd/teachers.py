@@ -1,6 +1,6 @@
 """Whose weights a teacher uses. What it is shown is the other, independent choice (contexts.py).
 
-A source has the shape of an optax transform: a state made once, refreshed after each update, and a
+A source has the shape of an optax transform: a state made once, refreshed after each step, and a
 function that gives the teacher's parameters. Sources of the same name share one state. It sees what
 is trained and nothing else: where that is an adapter, copies and averages are of the adapter, and
 the weights under it are the policy's own.
@@ -66,7 +66,7 @@ def external(path: str) -> Source:
 def synced(every: int) -> Source:
     """A copy of the policy, refreshed after steps `every`, 2 `every`, ... (RLSD, CAST)."""
     if every < 1:
-        raise ValueError(f"every: expected at least 1 update, got {every}")
+        raise ValueError(f"every: expected at least 1 step, got {every}")
 
     def refresh(state, params, step):
         due = step % every == 0
@@ -76,7 +76,7 @@ def synced(every: int) -> Source:
 
 
 def ema(rate: float) -> Source:
-    """Exponential moving average, state + rate (policy - state), after each update (SDPO, SDFT).
+    """Exponential moving average, state + rate (policy - state), after each step (SDPO, SDFT).
 
     Kept in float32: in bfloat16 an increment of 1 % of a weight's change rounds to nothing. Of an
     adapter it averages the two factors, which is not the average of their product.

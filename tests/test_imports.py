@@ -96,8 +96,11 @@ def test_no_branch_on_a_methods_name(folder):
 
 
 def test_borrowers_need_nothing_but_jax_and_flax():
-    """The arithmetic and the methods load with every other dependency missing."""
-    missing = ("transformers", "torch", "tokenizers", "sympy", "orbax", "grain", "ml_collections")
+    """The arithmetic and the methods load with every other dependency missing (flax needs absl)."""
+    missing = (
+        *("grain", "jinja2", "math_verify", "matplotlib", "ml_collections", "optax", "orbax"),
+        *("safetensors", "sympy", "tensorboardX", "tokenizers", "torch", "tqdm", "transformers"),
+    )
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({missing})); "
         "from jaxrl_sd import groups, losses, methods, stats, vocabulary; "

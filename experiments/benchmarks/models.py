@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxrl_sd import weights
 from jaxrl_sd.model import ModelConfig, init_params
-from jaxrl_sd.types import Array, Params
+from jaxrl_sd.types import Params
 
 END, PAD = 0, 1  # ids of the tokens that end and pad a response; no other has a meaning
 
@@ -75,8 +75,3 @@ def write_folder(folder: Path, config: ModelConfig) -> None:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     weights.save(folder, random_params(config), config, eos_token_id=[END])
-
-
-def random_tokens(key: Array, shape: tuple[int, ...], config: ModelConfig) -> Array:
-    """Token ids i32[shape], neither END nor PAD."""
-    return jax.random.randint(key, shape, 2, config.vocab_size, jnp.int32)
