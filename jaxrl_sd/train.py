@@ -173,7 +173,7 @@ def train(config: ConfigDict) -> dict[str, Any]:
         # A run that stopped, and was then told to end where it stopped, has only this left to do.
         if not hosts.from_first(evaluation_file(run.folder, config.steps).exists):
             assess(config.steps)
-        write_unread()
+            write_unread()
         with clock("save"):
             checkpoints.wait_until_finished()
             export(run, state)

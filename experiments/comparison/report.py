@@ -197,6 +197,7 @@ def conclusions(plan: Plan, found: Sequence[Line]) -> list[str]:
     rest = [x.arm for x in others if not x.significant]
     failed = [x.arm for x in found if x.failed]
     level = f"{statistics.LEVEL:.0%}"
+    # Up to the rounding of the shares of which `within` is a sum.
     same = others and all(abs(x.within.value - x.difference.value) < 1e-5 for x in others)
     out = [
         f"Better than {plan.baseline} at the level of {level}, after Holm's correction for "
